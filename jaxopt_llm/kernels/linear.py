@@ -1,0 +1,79 @@
+"""Products with plain or quantized weights: the `jax.numpy` definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxopt_llm.kernels.qarray import QArray, Weight, round_symmetric
+
+
+def linear(x: Float[Array, "*B I"], w: Weight) -> Float[Array, "*B O"]:
+    """`x @ w.T` for a plain or quantized weight.
+
+    Args:
+      x: activations, any float dtype; the result has the same dtype.
+      w: weight `[O, I]`, one row per output. A `QArray` with `act=(8, 32)` also rounds `x` to int8,
+        symmetric, one scale every 32 features, so that the product can run on integer units.
+
+    Raises:
+      ValueError: if the inner dimensions differ.
+
+    Gradients reach `x` as if nothing had been rounded (straight-through, arXiv:1308.3432); a quantized
+    weight gets none.
+    """
+    if x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"x has {x.shape[-1]} input features but w has {w.shape[-1]}")
+    if isinstance(w, QArray):
+        return _quantized_linear(x, w)
+    return _dot(x, w.astype(x.dtype))
+
+
+def embed(ids: Int[Array, "*B"], w: Weight, dtype: jnp.dtype) -> Float[Array, "*B D"]:
+    """Rows `ids` of a plain or quantized table `[V, D]`, as `dtype`."""
+    rows = w[ids]
+    return rows.dequantize(dtype) if isinstance(rows, QArray) else rows.astype(dtype)
+
+
+def _dot(x: Array, w: Array) -> Array:
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _per_channel(w: QArray) -> bool:
+    return w.scale.shape[-1] == 1 and w.bias is None
+
+
+def round_activations(x: Float[Array, "*B I"], act: tuple[int, int] | None) -> Float[Array, "*B I"]:
+    """`x` rounded as `QArray.act` says (bits, group); `x` itself for None."""
+    if act is None:
+        return x
+    bits, group = act
+    codes, scale = round_symmetric(x, bits=bits, group=group)
+    values = codes.reshape(*scale.shape, group).astype(jnp.float32) * scale[..., None]
+    return values.reshape(x.shape).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _quantized_linear(x: Array, w: QArray) -> Array:
+    x = round_activations(x, w.act)
+    if _per_channel(w):  # the scale follows the sum: no dequantized copy of the weight
+        y = _dot(x, w.codes().astype(x.dtype))
+        return (y.astype(jnp.float32) * w.scale[..., 0].astype(jnp.float32)).astype(x.dtype)
+    return _dot(x, w.dequantize(x.dtype))
+
+
+def _forward(x: Array, w: QArray) -> tuple[Array, QArray]:
+    return _quantized_linear(x, w), w
+
+
+def _backward(w: QArray, dy: Array) -> tuple[Array, QArray]:
+    return jnp.einsum("...o,oi->...i", dy, w.dequantize(dy.dtype)), _zero_cotangent(w)
+
+
+def _zero_cotangent(w: QArray) -> QArray:
+    """Zeros of the tangent types: `float0` for codes."""
+    is_float = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
+    return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype if is_float(a) else jax.dtypes.float0), w)
+
+
+_quantized_linear.defvjp(_forward, _backward)

@@ -1,0 +1,95 @@
+"""Quantized arrays: what they hold, rounding to nearest, and back."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+_PACK = {8: 1, 4: 2}  # codes in a byte
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QArray:
+    """A quantized weight with value `scale * data + bias`, one row per output.
+
+    Attributes:
+      data: codes. `int8[..., O, I]` for 8 bits; `uint8[..., O, I/2]` for 4 bits, element 2j in the low
+        nibble and 2j+1 in the high one, two's complement where there is no bias, 0..15 where there is.
+      scale: `[..., O, I/group]`, in the dtype it was stored in; one group means one scale a row.
+      bias: as `scale`, or None for symmetric codes.
+      bits: width of a code.
+      act: None for float activations, or `(bits, group)`: activations are rounded on the fly.
+
+    The group size is not stored: inside a `shard_map` shapes are local, and it follows from them.
+    """
+
+    data: Shaped[Array, "..."]
+    scale: Shaped[Array, "..."]
+    bias: Shaped[Array, "..."] | None = None
+    bits: int = dataclasses.field(default=8, metadata={"static": True})
+    act: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the values."""
+        return (*self.data.shape[:-1], self.data.shape[-1] * _PACK[self.bits])
+
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+    @property
+    def group(self) -> int:
+        """Input features that share a scale."""
+        return self.shape[-1] // self.scale.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes, scales and biases."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def __getitem__(self, index: int | Int[Array, "*n"]) -> Self:
+        """Rows (or experts) of the leading dimension."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+    def codes(self) -> Int[Array, "... I"]:
+        """The unpacked codes, int8."""
+        if self.bits == 8:
+            return self.data
+        nibbles = jnp.stack([self.data & 0xF, self.data >> 4], axis=-1).reshape(self.shape).astype(jnp.int8)
+        return nibbles if self.bias is not None else jnp.where(nibbles > 7, nibbles - 16, nibbles)
+
+    def dequantize(self, dtype: jnp.dtype = jnp.float32) -> Float[Array, "... I"]:
+        """The values, computed in float32 and rounded once."""
+        codes = self.codes().astype(jnp.float32).reshape(*self.scale.shape, self.group)
+        values = codes * self.scale[..., None].astype(jnp.float32)
+        if self.bias is not None:
+            values = values + self.bias[..., None].astype(jnp.float32)
+        return values.reshape(self.shape).astype(dtype)
+
+
+Weight = Array | QArray
+
+
+def round_symmetric(
+    x: Float[Array, "... I"], *, bits: int, group: int, scale_dtype: jnp.dtype = jnp.float32
+) -> tuple[Int[Array, "... I"], Shaped[Array, "... G"]]:
+    """Rounds to nearest in groups of the last dimension: codes in int8, and `scale = max|x| / (2**(bits-1) - 1)`.
+
+    Codes are rounded against the scale as it is stored, so that a float16 scale costs no more than its own
+    rounding.
+
+    Raises:
+      ValueError: if `group` does not divide the last dimension.
+    """
+    if x.shape[-1] % group:
+        raise ValueError(f"group={group} must divide the {x.shape[-1]} input features")
+    limit = 2 ** (bits - 1) - 1
+    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // group, group)
+    scale = (jnp.abs(groups).max(-1) / limit).astype(scale_dtype)
+    stored = scale.astype(jnp.float32)[..., None]
+    codes = jnp.clip(jnp.round(groups / jnp.where(stored == 0, 1, stored)), -limit, limit)
+    return codes.astype(jnp.int8).reshape(x.shape), scale

@@ -1,0 +1,28 @@
+"""Qwen2 and Qwen2.5 (arXiv:2407.10671): biased queries, keys and values."""
+
+from typing import Any
+
+from jaxopt_llm.models.config import ModelConfig
+from jaxopt_llm.models.family import Family, HFConfig, decoder_names
+
+
+def qwen_windows(hf: HFConfig) -> tuple[int | None, ...]:
+    """Layers from `max_window_layers` on slide, if `use_sliding_window`."""
+    window, first = hf.take("sliding_window", None), hf.take("max_window_layers", 28)
+    return hf.windows(lambda i: i >= first, window if hf.take("use_sliding_window", False) else None)
+
+
+def write_windows(config: ModelConfig) -> dict[str, Any]:
+    """`qwen_windows` back: `layer_types` name the layers."""
+    window = next((w for w in config.windows if w is not None), None)
+    types = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
+    return {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": types}
+
+
+def _read(hf: HFConfig) -> ModelConfig:
+    return hf.decoder("qwen2", qkv_bias=True, windows=qwen_windows(hf))
+
+
+FAMILY = Family(
+    name="qwen2", architecture="Qwen2ForCausalLM", read=_read, write=write_windows, names=decoder_names()
+)

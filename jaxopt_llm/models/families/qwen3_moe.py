@@ -1,0 +1,60 @@
+"""Qwen3 mixture of experts (arXiv:2505.09388)."""
+
+from typing import Any
+
+from jaxopt_llm.models.config import Experts, ModelConfig
+from jaxopt_llm.models.family import QK_NORMS, Family, HFConfig, decoder_names
+
+
+def _read(hf: HFConfig) -> ModelConfig:
+    bias = hf.take("attention_bias", False)
+    step, dense = hf.take("decoder_sparse_step", 1), hf.take("mlp_only_layers", [])
+    layers = range(hf.take("num_hidden_layers"))
+    experts = Experts(
+        count=hf.take("num_experts"),
+        per_token=hf.take("num_experts_per_tok"),
+        d_ff=hf.take("moe_intermediate_size"),
+        layers=tuple(i not in dense and (i + 1) % step == 0 for i in layers),
+        renormalize=hf.take("norm_topk_prob", False),
+    )
+    slides = hf.take("use_sliding_window", False)
+    hf.take("max_window_layers", None)  # read by nobody in this family: its window is for all layers or none
+    window = hf.take("sliding_window", None)
+    return hf.decoder(
+        "qwen3_moe",
+        qk_norm="head",
+        qkv_bias=bias,
+        o_bias=bias,
+        windows=hf.windows(lambda i: True, window if slides else None),
+        experts=experts,
+    )
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    assert config.experts
+    return {
+        "attention_bias": config.o_bias,
+        "use_sliding_window": config.windows[0] is not None,
+        "sliding_window": config.windows[0],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i, sparse in enumerate(config.experts.layers) if not sparse],
+        "num_experts": config.experts.count,
+        "num_experts_per_tok": config.experts.per_token,
+        "moe_intermediate_size": config.experts.d_ff,
+        "norm_topk_prob": config.experts.renormalize,
+    }
+
+
+FAMILY = Family(
+    name="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    read=_read,
+    write=_write,
+    names=decoder_names(
+        **QK_NORMS,
+        moe__router__weight="mlp.gate.weight",
+        moe__gate__weight="mlp.experts.{e}.gate_proj.weight",
+        moe__up__weight="mlp.experts.{e}.up_proj.weight",
+        moe__down__weight="mlp.experts.{e}.down_proj.weight",
+    ),
+)

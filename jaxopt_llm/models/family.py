@@ -1,0 +1,264 @@
+"""What a family file declares, and the reader of Hugging Face configs that leaves no key unread."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxopt_llm.models.config import Activation, ModelConfig, Rope
+
+# Keys that cannot change the forward of an inference run, whatever their value.
+_HARMLESS = frozenset(
+    """_name_or_path _attn_implementation _commit_hash architectures attention_dropout auto_map
+    cache_implementation chunk_size_feed_forward classifier_dropout dtype embd_pdrop finetuning_task
+    generation_config hidden_dropout id2label initializer_range is_decoder is_encoder_decoder label2id model_type
+    output_attentions output_hidden_states output_router_logits pretraining_tp problem_type resid_pdrop return_dict
+    router_aux_loss_coef router_jitter_noise tokenizer_class torch_dtype transformers_version
+    unsloth_fixed unsloth_version use_cache""".split()
+)
+_REQUIRED = object()
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+class HFConfig:
+    """A `config.json` that remembers which keys were read."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = values
+        self._unread = {key for key, value in values.items() if value is not None} - _HARMLESS
+
+    def take(self, key: str, default: Any = _REQUIRED) -> Any:
+        """The value of `key`, now read; `default` where it is absent or null.
+
+        Raises:
+          ValueError: if it is absent and there is no default.
+        """
+        self._unread.discard(key)
+        value = self.values.get(key)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise ValueError(f"config.json has no {key!r}, which {self.values.get('model_type')!r} models need")
+        return default
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """Reads `key`, of which only these values (and absence) are supported."""
+        value = self.take(key, None)
+        if value is not None and value not in allowed:
+            raise ValueError(f"config.json has {key}={value!r}; only {' or '.join(map(repr, allowed))} is supported")
+
+    def finish(self) -> None:
+        """Raises ValueError if a key was not read: a setting ignored in silence would change the results."""
+        if self._unread:
+            settings = ", ".join(f"{key}={self.values[key]!r}" for key in sorted(self._unread))
+            raise ValueError(
+                f"config.json has settings that no code reads for model_type "
+                f"{self.values.get('model_type')!r}: {settings}; remove them if they cannot change the forward"
+            )
+
+    def decoder(self, family: str, **settings: Any) -> ModelConfig:
+        """A `ModelConfig` from the keys that every decoder has; `settings` come first.
+
+        `settings` are `ModelConfig` fields; `windows` defaults to none, `rope` to what the config says.
+        """
+        layers, heads, width = (
+            self.take(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+        )
+        activation = self.take("hidden_act", "silu")
+        eos = self.take("eos_token_id", ())
+        common = {
+            "vocab_size": self.take("vocab_size"),
+            "d_model": width,
+            "d_ff": self.take("intermediate_size"),
+            "num_layers": layers,
+            "num_heads": heads,
+            "num_kv_heads": self.take("num_key_value_heads", heads),
+            "head_dim": self.take("head_dim", width // heads),
+            "max_seq_len": self.take("max_position_embeddings"),
+            "norm_eps": self.take("rms_norm_eps", 1e-6),
+            "tied": self.take("tie_word_embeddings", False),
+            "bos_id": self.take("bos_token_id", None),
+            "eos_ids": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+            "pad_id": self.take("pad_token_id", None),
+        }
+        if "activation" not in settings:
+            common["activation"] = self.activation(activation)
+        if "windows" not in settings:
+            common["windows"] = (None,) * layers
+        if "rope" not in settings:
+            common["rope"] = self.rope(common["max_seq_len"])
+        return ModelConfig(family=family, **(common | settings))
+
+    def activation(self, name: str) -> Activation:
+        if name not in _ACTIVATIONS:
+            raise ValueError(f"config.json has activation {name!r}; known are {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[name]
+
+    def windows(self, sliding: Callable[[int], bool], window: int | None) -> tuple[int | None, ...]:
+        """Each layer's window: by `layer_types` where the config has them, else where `sliding(i)`."""
+        layers = self.take("num_hidden_layers")
+        types = self.take("layer_types", None)
+        if types is not None:
+            unknown = set(types) - {"sliding_attention", "full_attention"}
+            if unknown:
+                raise ValueError(f"config.json has layer_types {sorted(unknown)}; only sliding and full attention")
+            slides = [kind == "sliding_attention" for kind in types]
+        else:
+            slides = [window is not None and sliding(i) for i in range(layers)]
+        if any(slides) and window is None:
+            raise ValueError("config.json has layers with sliding_attention but no sliding_window")
+        return tuple(window if slide else None for slide in slides)
+
+    def rope(self, max_seq_len: int, *, theta: float = 10000.0, layer_type: str | None = None) -> Rope:
+        """Reads transformers 4's `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`.
+
+        Args:
+          max_seq_len: `max_position_embeddings`, the context before scaling where nothing else says it.
+          theta: base where the config has none.
+          layer_type: which entry to take where `rope_parameters` has one for each type of layer.
+        """
+        scaling = dict(self.take("rope_scaling", {}))
+        base = self.take("rope_theta", theta)
+        parameters = self.take("rope_parameters", {})
+        if layer_type in parameters:
+            parameters = parameters[layer_type]
+        scaling |= parameters
+        return _rope(scaling, base, max_seq_len)
+
+
+def _rope(scaling: dict[str, Any], theta: float, max_seq_len: int) -> Rope:
+    scaling = {key: value for key, value in scaling.items() if value is not None}
+    theta = float(scaling.pop("rope_theta", theta))
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)  # older files write both names
+    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("config.json turns only a part of each head (partial_rotary_factor); not supported")
+    fields = {"linear": _LINEAR, "llama3": _LLAMA3, "yarn": _YARN, "default": {}}
+    if kind not in fields:
+        raise ValueError(f"config.json has rope_type {kind!r}; known are {', '.join(fields)}")
+    if kind == "default":
+        scaling.pop("factor", None)
+    unknown = set(scaling) - set(fields[kind])
+    if unknown:
+        raise ValueError(f"config.json has rope settings that no code reads for {kind!r}: {sorted(unknown)}")
+    settings = {fields[kind][key]: value for key, value in scaling.items()}
+    if kind in ("llama3", "yarn"):
+        settings.setdefault("original_max_seq_len", max_seq_len)
+    return Rope(theta=theta, kind=kind, **settings)
+
+
+_LINEAR = {"factor": "factor"}
+_LLAMA3 = _LINEAR | {
+    "original_max_position_embeddings": "original_max_seq_len",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+}
+_YARN = _LINEAR | {
+    "original_max_position_embeddings": "original_max_seq_len",
+    **{
+        key: key
+        for key in ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
+    },
+}
+
+
+def rope_to_hf(rope: Rope) -> dict[str, Any]:
+    """`rope_scaling` as `HFConfig.rope` reads it; `rope_type` default needs none."""
+    names = {"default": {}, "linear": _LINEAR, "llama3": _LLAMA3, "yarn": _YARN}[rope.kind]
+    values = {key: getattr(rope, field) for key, field in names.items()}
+    return {"rope_type": rope.kind} | {key: value for key, value in values.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a parameter lies in a Hugging Face checkpoint.
+
+    Attributes:
+      name: with `{i}` for the layer and `{e}` for the expert; the experts are stacked.
+      part: (start, step) of the rows taken from a tensor that interleaves several.
+      transposed: the tensor is stored `[..., I, O]`.
+    """
+
+    name: str
+    part: tuple[int, int] | None = None
+    transposed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of checkpoints.
+
+    Attributes:
+      name: `model_type` of `config.json`.
+      architecture: the transformers class that an exported directory names.
+      read: `config.json` to `ModelConfig`.
+      write: the keys of `config.json` beyond those that every decoder has.
+      names: parameter (with `{i}`) to its source.
+      skipped: pattern of tensors that are no part of the text model, such as a vision tower.
+    """
+
+    name: str
+    architecture: str
+    read: Callable[[HFConfig], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    names: Mapping[str, Source]
+    skipped: re.Pattern[str] = re.compile(r".*\.rotary_emb\.inv_freq$")
+
+    def source(self, parameter: str) -> Source:
+        """The source of a parameter such as `layers.3.attention.q.weight`, its layer filled in."""
+        pattern = re.sub(r"^layers\.\d+\.", "layers.{i}.", parameter)
+        source = self.names[pattern]
+        layer = parameter.split(".")[1] if pattern != parameter else ""
+        return dataclasses.replace(source, name=source.name.replace("{i}", layer))
+
+    def parse(self, values: Mapping[str, Any]) -> ModelConfig:
+        """A `ModelConfig` from `config.json`, every key of it accounted for."""
+        config = HFConfig(values)
+        result = self.read(config)
+        config.finish()
+        return result
+
+
+def decoder_names(**extra: str | Source) -> dict[str, Source]:
+    """The names that llama made common, and a family's own (written with `__` for `.`, under the layer)."""
+    names = {
+        "embed.weight": "model.embed_tokens.weight",
+        "final_norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+        "layers.{i}.attention_norm.weight": "model.layers.{i}.input_layernorm.weight",
+        "layers.{i}.mlp_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
+    }
+    for letter in "qkvo":
+        for leaf in ("weight", "bias"):
+            names[f"layers.{{i}}.attention.{letter}.{leaf}"] = f"model.layers.{{i}}.self_attn.{letter}_proj.{leaf}"
+    for part in ("gate", "up", "down"):
+        for leaf in ("weight", "bias"):
+            names[f"layers.{{i}}.mlp.{part}.{leaf}"] = f"model.layers.{{i}}.mlp.{part}_proj.{leaf}"
+    return {name: Source(hf) for name, hf in names.items()} | layer_names(**extra)
+
+
+def layer_names(**names: str | Source) -> dict[str, Source]:
+    """`attention__q_norm="self_attn.q_norm.weight"`: names under a layer, on both sides."""
+    result = {}
+    for ours, theirs in names.items():
+        source = Source(theirs) if isinstance(theirs, str) else theirs
+        ours = "layers.{i}." + ours.replace("__", ".")
+        result[ours] = dataclasses.replace(source, name=f"model.layers.{{i}}.{source.name}")
+    return result
+
+
+QK_NORMS = {
+    "attention__q_norm__weight": "self_attn.q_norm.weight",
+    "attention__k_norm__weight": "self_attn.k_norm.weight",
+}
+SANDWICH_NORMS = {
+    "attention_post_norm__weight": "post_attention_layernorm.weight",
+    "mlp_norm__weight": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm__weight": "post_feedforward_layernorm.weight",
+}

@@ -1,0 +1,195 @@
+"""The one decoder: every family is a `ModelConfig` of it."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxopt_llm import kernels
+from jaxopt_llm.kernels import AttentionSpec, Pages
+from jaxopt_llm.models.batch import Batch, Cache
+from jaxopt_llm.models.config import ModelConfig
+from jaxopt_llm.models.layers import Embedding, Linear, Norm, parameter
+from jaxopt_llm.models.rope import rotate, rotation
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+_SWIGLU_SLOPE = 1.702  # gpt-oss: the sigmoid that comes nearest to GELU
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (arXiv:2305.13245) over pages or over a uniform batch."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        project = functools.partial(Linear, dtype=dtype, rngs=rngs)
+        d, q_width, kv_width = config.d_model, config.q_width, config.kv_width
+        self.q = project((q_width, d), ("heads", "embed"), bias=config.qkv_bias)
+        self.k = project((kv_width, d), ("kv_heads", "embed"), bias=config.qkv_bias)
+        self.v = project((kv_width, d), ("kv_heads", "embed"), bias=config.qkv_bias)
+        self.o = project((d, q_width), ("embed", "heads"), bias=config.o_bias, reduce="tensor")
+        norm = functools.partial(Norm, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, rngs=rngs)
+        self.q_norm = self.k_norm = self.sinks = None
+        if config.qk_norm == "head":
+            self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
+        elif config.qk_norm == "width":
+            self.q_norm, self.k_norm = norm(q_width, axes=("heads",)), norm(kv_width, axes=("kv_heads",))
+        if config.attention_sinks:
+            self.sinks = parameter(rngs, (config.num_heads,), ("heads",), dtype)
+        self.head_dim, self.norm_width = config.head_dim, config.qk_norm == "width"
+        self.spec = AttentionSpec(
+            scale=config.query_scale or config.head_dim**-0.5,
+            window=config.windows[layer],
+            softcap=config.attention_softcap,
+            kind=config.kind(layer),
+        )
+
+    def __call__(
+        self, x: Float[Array, "T D"], turn: Float[Array, "2 T 1 half"], batch: Batch, cache: Pages | None
+    ) -> tuple[Float[Array, "T D"], Pages | None]:
+        q, k = self._heads(self.q(x), self.q_norm), self._heads(self.k(x), self.k_norm)
+        v = self._heads(self.v(x), None)
+        sinks = None if self.sinks is None else self.sinks.get_value()
+        out, cache = kernels.attention(rotate(q, turn), rotate(k, turn), v, batch, cache, self.spec, sinks)
+        return self.o(out.reshape(x.shape[0], -1)), cache
+
+    def _heads(self, y: Float[Array, "T width"], norm: Norm | None) -> Float[Array, "T heads H"]:
+        if norm is not None and self.norm_width:
+            y, norm = norm(y), None
+        y = y.reshape(y.shape[0], -1, self.head_dim)  # head counts from the array: global or local
+        return y if norm is None else norm(y)
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward layer (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        project = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.gate = project((config.d_ff, config.d_model), ("mlp", "embed"))
+        self.up = project((config.d_ff, config.d_model), ("mlp", "embed"))
+        self.down = project((config.d_model, config.d_ff), ("embed", "mlp"), reduce="tensor")
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        return self.down(_ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+class MoE(nnx.Module):
+    """Top-k mixture of gated feed-forward experts (arXiv:2401.04088, section 2.1)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        experts = config.experts
+        if experts is None:
+            raise ValueError("config.experts is None")
+        count, width, d = experts.count, experts.d_ff, config.d_model
+        project = functools.partial(Linear, bias=experts.bias, dtype=dtype, rngs=rngs)
+        self.router = project((count, d), (None, "embed"))
+        self.gate = project((count, width, d), ("experts", "expert_mlp", "embed"))
+        self.up = project((count, width, d), ("experts", "expert_mlp", "embed"))
+        self.down = project((count, d, width), ("experts", "embed", "expert_mlp"), reduce="tensor")
+        self.experts = experts
+        self.activation, self.limit = config.activation, config.swiglu_limit
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        shares, chosen = self._route(x)
+        return kernels.moe(x, shares, chosen, self._feed_forward, self.experts.count)
+
+    def _route(self, x: Float[Array, "T D"]) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
+        shares = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
+        top, chosen = jax.lax.top_k(shares, self.experts.per_token)
+        return top / top.sum(-1, keepdims=True) if self.experts.renormalize else top, chosen
+
+    def _feed_forward(self, x: Array, expert: Array, sizes: Array) -> Array:
+        gate, up = self.gate.grouped(x, expert, sizes), self.up.grouped(x, expert, sizes)
+        return self.down.grouped(self._gated(gate, up), expert, sizes)
+
+    def _gated(self, gate: Array, up: Array) -> Array:
+        if self.limit is None:
+            return _ACTIVATIONS[self.activation](gate) * up
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(_SWIGLU_SLOPE * gate)
+
+
+class Layer(nnx.Module):
+    """Attention and feed-forward, each with its norms and residual."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        norm = functools.partial(
+            Norm, config.d_model, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, rngs=rngs
+        )
+        self.attention_norm = norm() if config.pre_norm else None
+        self.attention = Attention(config, layer, dtype=dtype, rngs=rngs)
+        self.attention_post_norm = norm() if config.post_norm else None
+        self.mlp_norm = norm() if config.pre_norm else None
+        if config.has_experts(layer):
+            self.moe = MoE(config, dtype=dtype, rngs=rngs)
+        else:
+            self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp_post_norm = norm() if config.post_norm else None
+
+    def __call__(
+        self, x: Float[Array, "T D"], turn: Float[Array, "2 T 1 half"], batch: Batch, cache: Pages | None
+    ) -> tuple[Float[Array, "T D"], Pages | None]:
+        with jax.named_scope("attention"):
+            y, cache = self.attention(_apply(self.attention_norm, x), turn, batch, cache)
+            x = x + _apply(self.attention_post_norm, y)
+        with jax.named_scope("mlp"):
+            feed_forward = self.moe if hasattr(self, "moe") else self.mlp
+            y = feed_forward(_apply(self.mlp_norm, x))
+            return x + _apply(self.mlp_post_norm, y), cache
+
+
+def _apply(norm: Norm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model.
+
+    Args:
+      config: what the model is.
+      dtype: of parameters and activations; scores, norms and logits are computed in float32.
+      rngs: for random initial weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.embed = Embedding(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(Layer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers))
+        self.final_norm = Norm(
+            config.d_model, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, rngs=rngs
+        )
+        if not config.tied:
+            shape = (config.vocab_size, config.d_model)
+            self.head = Linear(shape, ("vocab", "embed"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits, float32, of whole sequences without a cache: the forward below, flattened."""
+        hidden, _ = self.forward(Batch.dense(jnp.asarray(tokens)), None)
+        return self.logits(hidden).reshape(*tokens.shape, -1)
+
+    def forward(self, batch: Batch, cache: Cache | None) -> tuple[Float[Array, "T D"], Cache | None]:
+        """Hidden states after the final norm, and the cache with this batch's keys and values in it."""
+        x = self.embed(batch.tokens, self.dtype)
+        if self.config.scale_embedding:
+            x = x * jnp.asarray(math.sqrt(self.config.d_model), self.dtype)
+        ropes = [self.config.layer_rope(i) for i in range(self.config.num_layers)]
+        turns = {rope: rotation(rope, self.config.head_dim, batch.positions) for rope in dict.fromkeys(ropes)}
+        pages = []
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer{i}"):
+                x, written = layer(x, turns[ropes[i]], batch, None if cache is None else cache[i])
+            pages.append(written)
+        return self.final_norm(x), None if cache is None else tuple(pages)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Scores of the next token, float32."""
+        scores = self.embed.attend(hidden) if self.config.tied else self.head(hidden)
+        scores = scores.astype(jnp.float32)
+        cap = self.config.logit_softcap
+        return scores if cap is None else cap * jnp.tanh(scores / cap)

@@ -1,0 +1,73 @@
+"""What a device mesh is called and how it is built."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+MESH_AXES = ("data", "stage", "expert", "sequence", "tensor")  # outermost first: `tensor` gets the fastest links
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSpec:
+    """The size of each mesh axis. `MeshSpec.parse("data=2,tensor=4")` is `MeshSpec(data=2, tensor=4)`."""
+
+    data: int = 1
+    stage: int = 1
+    expert: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for axis in MESH_AXES:
+            size = getattr(self, axis)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"mesh axis {axis}={size!r} must be an integer of at least 1")
+
+    @classmethod
+    def parse(cls, text: "str | MeshSpec") -> "MeshSpec":
+        """Reads `"data=2,tensor=4"`; axes not named have size 1.
+
+        Raises:
+          ValueError: for an unknown or repeated axis, or a size that is no positive integer.
+        """
+        if isinstance(text, MeshSpec):
+            return text
+        sizes: dict[str, int] = {}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            axis, _, size = (word.strip() for word in item.partition("="))
+            if axis not in MESH_AXES:
+                raise ValueError(f"unknown mesh axis {axis!r} in {text!r}; axes are {', '.join(MESH_AXES)}")
+            if axis in sizes:
+                raise ValueError(f"mesh axis {axis!r} is named twice in {text!r}")
+            if not size.isdecimal():
+                raise ValueError(f"mesh axis {item!r} needs a size, as in {axis}=2")
+            sizes[axis] = int(size)
+        return cls(**sizes)
+
+    @property
+    def size(self) -> int:
+        """Number of devices."""
+        return math.prod(getattr(self, axis) for axis in MESH_AXES)
+
+    def __str__(self) -> str:
+        named = [f"{axis}={getattr(self, axis)}" for axis in MESH_AXES if getattr(self, axis) > 1]
+        return ",".join(named) or "data=1"
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """A mesh of all five axes over the first `size` devices (default: `jax.devices()`).
+
+        Raises:
+          ValueError: if there are fewer devices than the mesh needs.
+        """
+        available = list(devices if devices is not None else jax.devices())
+        if len(available) < self.size:
+            raise ValueError(
+                f"mesh {self} needs {self.size} devices and there are {len(available)}; "
+                "name a smaller mesh, or on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=N"
+            )
+        shape = tuple(getattr(self, axis) for axis in MESH_AXES)
+        types = (AxisType.Auto,) * len(MESH_AXES)  # jax.make_mesh alone gives explicit axes
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=available[: self.size])

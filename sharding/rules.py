@@ -1,0 +1,89 @@
+"""From logical axes to mesh axes: the only place that decides it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Which mesh axis each logical axis is split over.
+
+    Attributes:
+      mesh_axes: logical axis -> mesh axis, or None for an axis that is never split.
+      replicated_if_uneven: logical axes that stay whole where the mesh axis does not divide them
+        (fewer KV heads than tensor shards). Any other such axis is an error.
+    """
+
+    mesh_axes: Mapping[str, str | None]
+    replicated_if_uneven: frozenset[str] = frozenset()
+
+    def mesh_axis(self, logical: str, size: int, mesh: Mesh, what: str) -> str | None:
+        """The mesh axis that splits `size` units of a logical axis of the array named `what`."""
+        if logical not in self.mesh_axes:
+            raise ValueError(f"{what}: no rule for logical axis {logical!r}; rules are {dict(self.mesh_axes)}")
+        axis = self.mesh_axes[logical]
+        shards = mesh.shape.get(axis, 1) if axis else 1
+        if axis is None or shards == 1:
+            return None
+        if size % shards == 0:
+            return axis
+        if logical in self.replicated_if_uneven:
+            return None
+        divisors = [d for d in range(2, size + 1) if size % d == 0][:8]
+        raise ValueError(f"{what}: mesh {axis}={shards} does not divide {logical}={size}; {axis} may be {divisors}")
+
+
+RULES = AxisRules(
+    mesh_axes={
+        "batch": "data",
+        "layers": "stage",
+        "experts": "expert",
+        "heads": "tensor",
+        "kv_heads": "tensor",
+        "mlp": "tensor",
+        "expert_mlp": "tensor",
+        "vocab": "tensor",
+        "embed": None,
+        "head_dim": None,
+    },
+    replicated_if_uneven=frozenset({"kv_heads"}),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A mesh, the rules, and how many units each logical axis of the model has.
+
+    An axis is split by whole units: `heads` of width `head_dim` are never cut, so `units["heads"]` is
+    the number of heads, whatever the length of the array's dimension.
+    """
+
+    mesh: Mesh
+    units: Mapping[str, int]
+    rules: AxisRules = RULES
+
+    def spec(self, axes: Sequence[str | None], what: str = "array") -> P:
+        """The partition of an array whose dimensions have these logical axes (None: never split).
+
+        Raises:
+          ValueError: if an axis has no rule, does not divide, or two axes would take one mesh axis.
+        """
+        names = [self._mesh_axis(axis, what) for axis in axes]
+        split = [name for name in names if name]
+        if len(split) != len(set(split)):
+            raise ValueError(f"{what}: logical axes {tuple(axes)} would put {split} on one array twice")
+        return P(*names)
+
+    def _mesh_axis(self, logical: str | None, what: str) -> str | None:
+        if logical is None:
+            return None
+        # An axis that the model does not count (batch) is the caller's to keep even.
+        size = self.units.get(logical, 0)
+        return self.rules.mesh_axis(logical, size, self.mesh, what)
+
+    def named(self, axes: Sequence[str | None], what: str = "array") -> NamedSharding:
+        """`spec` on this mesh."""
+        return NamedSharding(self.mesh, self.spec(axes, what))
