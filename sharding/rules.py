@@ -14,7 +14,7 @@ class AxisRules:
     Attributes:
       mesh_axes: logical axis -> mesh axis, or None for an axis that is never split.
       replicated_if_uneven: logical axes that stay whole where the mesh axis does not divide them
-        (fewer KV heads than tensor shards). Any other such axis is an error.
+        (fewer KV heads than tensor shards, an odd vocabulary). Any other such axis is an error.
     """
 
     mesh_axes: Mapping[str, str | None]
@@ -49,7 +49,7 @@ RULES = AxisRules(
         "embed": None,
         "head_dim": None,
     },
-    replicated_if_uneven=frozenset({"kv_heads"}),
+    replicated_if_uneven=frozenset({"kv_heads", "vocab"}),
 )
 
 

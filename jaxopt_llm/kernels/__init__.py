@@ -3,11 +3,13 @@
 from jaxopt_llm.kernels.attention import AttentionSpec, Pages, Rows, attention
 from jaxopt_llm.kernels.linear import embed, linear, round_activations
 from jaxopt_llm.kernels.moe import grouped_linear, moe
-from jaxopt_llm.kernels.norm import rms_norm
-from jaxopt_llm.kernels.qarray import QArray, Weight, round_symmetric
+from jaxopt_llm.kernels.norm import per_feature, rms_norm
+from jaxopt_llm.kernels.qarray import FORMATS, Format, QArray, Weight, quantization_format, round_symmetric
 
 __all__ = [
+    "FORMATS",
     "AttentionSpec",
+    "Format",
     "Pages",
     "QArray",
     "Rows",
@@ -17,6 +19,8 @@ __all__ = [
     "grouped_linear",
     "linear",
     "moe",
+    "per_feature",
+    "quantization_format",
     "rms_norm",
     "round_activations",
     "round_symmetric",

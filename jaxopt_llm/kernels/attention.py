@@ -6,7 +6,7 @@ G kinds of attention.
 
 import dataclasses
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ class Pages:
     v: Float[Array, "pages page_size K H"]
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Which token is which: the part of a batch that attention reads."""
 
@@ -179,10 +180,10 @@ def _attend(
     scores = dot("btkgh,bskh->bkgts", grouped, k.astype(q.dtype)) * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
-    scores = jnp.where(visible, scores, _MASKED)
+    scores = jnp.where(visible[None, None, None], scores, _MASKED)
     top = scores.max(-1, keepdims=True)
     if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(*groups, 1, 1)
+        sink = sinks.astype(jnp.float32).reshape(1, *groups, 1, 1)
         top = jnp.maximum(top, sink)
     top = jax.lax.stop_gradient(top)
     weights = jnp.exp(scores - top)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxopt_llm.kernels.norm import per_feature
 from jaxopt_llm.kernels.qarray import QArray, Weight, round_symmetric
 
 
@@ -58,7 +59,7 @@ def _quantized_linear(x: Array, w: QArray) -> Array:
     x = round_activations(x, w.act)
     if _per_channel(w):  # the scale follows the sum: no dequantized copy of the weight
         y = _dot(x, w.codes().astype(x.dtype))
-        return (y.astype(jnp.float32) * w.scale[..., 0].astype(jnp.float32)).astype(x.dtype)
+        return (y.astype(jnp.float32) * per_feature(w.scale[:, 0].astype(jnp.float32), y)).astype(x.dtype)
     return _dot(x, w.dequantize(x.dtype))
 
 

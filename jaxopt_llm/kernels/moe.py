@@ -47,7 +47,7 @@ def _blocks(x: Array, w: Weight, sizes: Array) -> Array:
     expert = jnp.minimum(jnp.searchsorted(block_ends, index, side="right"), experts - 1)
     first = (ends - sizes)[expert] + (index - (block_ends - blocks_of)[expert]) * height
     # Rows are read past the end of x and past the expert's own; both are dropped when written.
-    place = first[:, None] + jnp.arange(height)
+    place = first[:, None] + jnp.arange(height)[None, :]
     own = (place < ends[expert][:, None]) & (index < block_ends[-1])[:, None]
 
     def block(args: tuple[Array, Array, Array]) -> Array:

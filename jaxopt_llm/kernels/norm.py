@@ -2,11 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 
 def rms_norm(x: Float[Array, "*B D"], gain: Float[Array, "D"], *, eps: float) -> Float[Array, "*B D"]:
     """`x / sqrt(mean(x**2) + eps) * gain` (arXiv:1910.07467), computed in float32, in the dtype of `x`."""
     wide = x.astype(jnp.float32)
     normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (normal * gain.astype(jnp.float32)).astype(x.dtype)
+    return (normal * per_feature(gain.astype(jnp.float32), x)).astype(x.dtype)
+
+
+def per_feature(values: Shaped[Array, "D"], x: Shaped[Array, "*B D"]) -> Shaped[Array, "*ones D"]:
+    """Values of the last axis of `x` in a shape that broadcasts against it (ranks are never promoted in silence)."""
+    return values.reshape((1,) * (x.ndim - 1) + values.shape)

@@ -1,13 +1,15 @@
 """Quantized arrays: what they hold, rounding to nearest, and back."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 _PACK = {8: 1, 4: 2}  # codes in a byte
+AnyArray = jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -23,12 +25,13 @@ class QArray:
       bits: width of a code.
       act: None for float activations, or `(bits, group)`: activations are rounded on the fly.
 
+    As with any pytree, shapes, shardings or tangents can stand where arrays do.
     The group size is not stored: inside a `shard_map` shapes are local, and it follows from them.
     """
 
-    data: Shaped[Array, "..."]
-    scale: Shaped[Array, "..."]
-    bias: Shaped[Array, "..."] | None = None
+    data: Any
+    scale: Any
+    bias: Any = None
     bits: int = dataclasses.field(default=8, metadata={"static": True})
     act: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -74,22 +77,74 @@ class QArray:
 Weight = Array | QArray
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """A rounding to nearest: symmetric codes with a scale for each group of input features.
+
+    Attributes:
+      bits: width of a code.
+      group: input features that share a scale; None for one scale an output channel.
+      scale_dtype: numpy name of the scales' dtype.
+      act: activations rounded on the fly, as `QArray.act`.
+    """
+
+    bits: int
+    group: int | None
+    scale_dtype: str
+    act: tuple[int, int] | None = None
+
+    def check(self, features: int, what: str) -> None:
+        """Raises ValueError if a weight named `what` with so many input features has no such form."""
+        if self.group and features % self.group:
+            raise ValueError(
+                f"{what} has {features} input features, which groups of {self.group} do not divide; use int8"
+            )
+
+    def round(self, w: Shaped[AnyArray, "... I"]) -> tuple[Shaped[AnyArray, "... I"], Shaped[AnyArray, "... G"]]:
+        """Codes and scales of float weights."""
+        group = self.group or w.shape[-1]
+        return round_symmetric(w, bits=self.bits, group=group, scale_dtype=jnp.dtype(self.scale_dtype))
+
+    def quantize(self, w: Float[Array, "... I"]) -> QArray:
+        """Float weights as a `QArray`."""
+        data, scale = self.round(w)
+        return QArray(data, scale, bits=self.bits, act=self.act)
+
+
+FORMATS = {
+    "int8": Format(bits=8, group=None, scale_dtype="float32"),
+    "int8_block": Format(bits=8, group=32, scale_dtype="float16", act=(8, 32)),  # GGUF's Q8_0
+}
+
+
+def quantization_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+      ValueError: if it is unknown; the message lists the known.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"unknown quantization {name!r}; known are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
 def round_symmetric(
-    x: Float[Array, "... I"], *, bits: int, group: int, scale_dtype: jnp.dtype = jnp.float32
-) -> tuple[Int[Array, "... I"], Shaped[Array, "... G"]]:
+    x: Shaped[AnyArray, "... I"], *, bits: int, group: int, scale_dtype: jnp.dtype = jnp.float32
+) -> tuple[Shaped[AnyArray, "... I"], Shaped[AnyArray, "... G"]]:
     """Rounds to nearest in groups of the last dimension: codes in int8, and `scale = max|x| / (2**(bits-1) - 1)`.
 
     Codes are rounded against the scale as it is stored, so that a float16 scale costs no more than its own
-    rounding.
+    rounding. NumPy in, NumPy out: a loader rounds on the host while it reads.
 
     Raises:
       ValueError: if `group` does not divide the last dimension.
     """
     if x.shape[-1] % group:
-        raise ValueError(f"group={group} must divide the {x.shape[-1]} input features")
+        raise ValueError(f"{group=} must divide the {x.shape[-1]} input features")
+    xp = jnp if isinstance(x, jax.Array) else np
     limit = 2 ** (bits - 1) - 1
     groups = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // group, group)
-    scale = (jnp.abs(groups).max(-1) / limit).astype(scale_dtype)
+    scale = (xp.abs(groups).max(-1) / np.float32(limit)).astype(scale_dtype)
     stored = scale.astype(jnp.float32)[..., None]
-    codes = jnp.clip(jnp.round(groups / jnp.where(stored == 0, 1, stored)), -limit, limit)
+    codes = xp.clip(xp.round(groups / xp.where(stored == 0, np.float32(1), stored)), -limit, limit)
     return codes.astype(jnp.int8).reshape(x.shape), scale

@@ -1,0 +1,47 @@
+"""Floor 2: one `Transformer` from one `ModelConfig`, families as thin files."""
+
+from jaxopt_llm.models.batch import Batch, Cache, init_cache
+from jaxopt_llm.models.capture import Captured, capture
+from jaxopt_llm.models.config import Experts, ModelConfig, Rope
+from jaxopt_llm.models.layers import flat_params, weights
+from jaxopt_llm.models.params import (
+    ParamSpec,
+    abstract,
+    apply,
+    from_params,
+    mismatches,
+    num_bytes,
+    num_params,
+    place,
+    quantizable,
+    shardings,
+    specs,
+    with_weights,
+)
+from jaxopt_llm.models.transformer import Transformer
+
+__all__ = [
+    "Batch",
+    "Cache",
+    "Captured",
+    "Experts",
+    "ModelConfig",
+    "ParamSpec",
+    "Rope",
+    "Transformer",
+    "abstract",
+    "apply",
+    "capture",
+    "flat_params",
+    "from_params",
+    "init_cache",
+    "mismatches",
+    "num_bytes",
+    "num_params",
+    "place",
+    "quantizable",
+    "shardings",
+    "specs",
+    "weights",
+    "with_weights",
+]

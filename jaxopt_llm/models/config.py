@@ -7,7 +7,8 @@ input features of a weight.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import jax.numpy as jnp
 
@@ -176,6 +177,25 @@ class ModelConfig:
         if self.experts:
             units |= {"experts": self.experts.count, "expert_mlp": self.experts.d_ff}
         return units
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, read back by `from_json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The config that `to_json` wrote.
+
+        Raises:
+          TypeError: for a field that is missing or unknown.
+        """
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        for name in ("rope", "rope_local"):
+            fields[name] = Rope(**fields[name]) if fields.get(name) else None
+        if fields.get("experts"):
+            experts = fields["experts"]
+            fields["experts"] = Experts(**experts | {"layers": tuple(experts["layers"])})
+        return cls(**fields)
 
     def kv_bytes_per_token(self, dtype: jnp.dtype) -> int:
         """Bytes of keys and values that one token adds while every layer still sees it."""

@@ -50,7 +50,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         y = self._sum(kernels.linear(x, self.weight.get_value()))
-        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+        return y if self.bias is None else y + kernels.per_feature(self.bias.get_value().astype(y.dtype), y)
 
     def grouped(
         self, x: Float[Array, "M I"], expert: Int[Array, "M"], sizes: Int[Array, "E"]

@@ -34,13 +34,14 @@ class Attention(nnx.Module):
         self.v = project((kv_width, d), ("kv_heads", "embed"), bias=config.qkv_bias)
         self.o = project((d, q_width), ("embed", "heads"), bias=config.o_bias, reduce="tensor")
         norm = functools.partial(Norm, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, rngs=rngs)
-        self.q_norm = self.k_norm = self.sinks = None
-        if config.qk_norm == "head":
-            self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
-        elif config.qk_norm == "width":
-            self.q_norm, self.k_norm = norm(q_width, axes=("heads",)), norm(kv_width, axes=("kv_heads",))
-        if config.attention_sinks:
-            self.sinks = parameter(rngs, (config.num_heads,), ("heads",), dtype)
+        widths = {
+            "head": ((config.head_dim, None), (config.head_dim, None)),
+            "width": ((q_width, "heads"), (kv_width, "kv_heads")),
+        }
+        norms = [norm(width, axes=(axis,)) for width, axis in widths.get(config.qk_norm or "", ())]
+        self.q_norm, self.k_norm = norms or (None, None)
+        sinks = config.attention_sinks
+        self.sinks = parameter(rngs, (config.num_heads,), ("heads",), dtype) if sinks else None
         self.head_dim, self.norm_width = config.head_dim, config.qk_norm == "width"
         self.spec = AttentionSpec(
             scale=config.query_scale or config.head_dim**-0.5,

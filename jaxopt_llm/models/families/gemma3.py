@@ -5,7 +5,24 @@ from typing import Any
 
 from jaxopt_llm.models.config import ModelConfig
 from jaxopt_llm.models.families.gemma2 import gemma_keys, gemma_settings
-from jaxopt_llm.models.family import QK_NORMS, SANDWICH_NORMS, Family, HFConfig, decoder_names, rope_to_hf
+from jaxopt_llm.models.family import QK_NORMS, SANDWICH_NORMS, Family, HFConfig, decoder_names
+
+
+# What transformers assumes of a multimodal checkpoint's `text_config`, which the hub's files leave out.
+TEXT_DEFAULTS = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 
 
 def _read(hf: HFConfig) -> ModelConfig:
@@ -28,12 +45,7 @@ def _read(hf: HFConfig) -> ModelConfig:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     assert config.rope_local
-    scaling = None if config.rope.kind == "default" else rope_to_hf(config.rope)
-    return gemma_keys(config) | {
-        "rope_theta": config.rope.theta,
-        "rope_scaling": scaling,
-        "rope_local_base_freq": config.rope_local.theta,
-    }
+    return gemma_keys(config) | {"rope_local_base_freq": config.rope_local.theta}
 
 
 FAMILY = Family(

@@ -14,6 +14,7 @@ def _read(hf: HFConfig) -> ModelConfig:
     hf.take("initial_context_length", None)  # repeats rope_scaling's original_max_position_embeddings
     per_token = hf.take("num_experts_per_tok", None) or hf.take("experts_per_token")
     hf.expect("experts_per_token", per_token)
+    hf.expect("swiglu_alpha", 1.702)
     experts = Experts(
         count=hf.take("num_local_experts"),
         per_token=per_token,

@@ -11,7 +11,7 @@ def _read(hf: HFConfig) -> ModelConfig:
     step, dense = hf.take("decoder_sparse_step", 1), hf.take("mlp_only_layers", [])
     layers = range(hf.take("num_hidden_layers"))
     experts = Experts(
-        count=hf.take("num_experts"),
+        count=hf.take("num_experts", None) or hf.take("num_local_experts"),
         per_token=hf.take("num_experts_per_tok"),
         d_ff=hf.take("moe_intermediate_size"),
         layers=tuple(i not in dense and (i + 1) % step == 0 for i in layers),

@@ -1,0 +1,71 @@
+# make demo    the main job on a real model: installs, optimises, answers a question
+# make test    the tests, without torch          make check    linter, formatter, type checker
+# make parity  live comparison with transformers  make verify   figures, soaks, other Pythons
+# make clean   removes what runs leave behind; the virtual environments stay
+
+candidates := python3 python3.13 python3.12 python3.11
+new_enough = $(shell $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(1))
+PYTHON ?= $(firstword $(foreach python,$(candidates),$(call new_enough,$(python))))
+WORKERS ?= 2
+PROMPT ?= Why is the sky blue?
+
+# Scripts in benchmarks/ that `make verify` runs; each writes its figures into benchmarks/results/.
+BENCHMARKS :=
+OTHER_PYTHONS := $(foreach version,3.12 3.13,$(if $(call new_enough,python$(version)),$(version)))
+
+bin := .venv/bin
+pip := -m pip install --quiet --disable-pip-version-check
+pytest := -m pytest --numprocesses=$(WORKERS) --dist=loadfile
+
+.PHONY: demo test check parity verify clean
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+demo: .venv/.installed
+	$(bin)/jaxopt-llm optimize --model=smollm2-135m-instruct --config=int8 --out=out/demo
+	$(bin)/jaxopt-llm generate --model=out/demo --chat --prompt="$(PROMPT)"
+
+test: .venv/.installed-dev
+	$(bin)/python $(pytest) -m "not parity and not verify" tests
+
+check: .venv/.installed-dev
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+
+parity: .venv-parity/.installed
+	.venv-parity/bin/python -m pytest -m parity tests/parity
+
+verify: .venv/.installed-dev $(OTHER_PYTHONS:%=test-%)
+	$(bin)/python -m pytest -m verify tests
+	set -e; for name in $(BENCHMARKS); do $(bin)/python benchmarks/$$name.py; done
+
+test-%: .venv-%/.installed
+	.venv-$*/bin/python $(pytest) -m "not parity and not verify" tests
+
+clean:
+	rm -rf build dist out .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+# A stamp is newer than pyproject.toml when that environment holds what it asks for.
+.venv/.installed: pyproject.toml | .venv/bin/python
+	$(bin)/python $(pip) --editable .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml | .venv/bin/python
+	$(bin)/python $(pip) --editable '.[dev]'
+	@touch .venv/.installed $@
+
+.venv-parity/.installed: pyproject.toml | .venv-parity/bin/python
+	.venv-parity/bin/python $(pip) --editable '.[dev,parity]'
+	@touch $@
+
+.venv-%/.installed: pyproject.toml | .venv-%/bin/python
+	.venv-$*/bin/python $(pip) --editable '.[dev]'
+	@touch $@
+
+.venv/bin/python .venv-parity/bin/python:
+	$(or $(PYTHON),$(error Python 3.11 or newer is needed; set PYTHON to one)) -m venv $(@:/bin/python=)
+
+.venv-%/bin/python:
+	python$* -m venv .venv-$*

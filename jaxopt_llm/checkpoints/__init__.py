@@ -1,0 +1,20 @@
+"""Floor 3: checkpoints in and out."""
+
+from jaxopt_llm.checkpoints.files import CheckpointError
+from jaxopt_llm.checkpoints.hf_export import export as export_hf
+from jaxopt_llm.checkpoints.load import default_dtype, load, mesh_sharding, read_config, read_tokenizer
+from jaxopt_llm.checkpoints.orbax import save
+from jaxopt_llm.checkpoints.resolve import ALIASES, resolve
+
+__all__ = [
+    "ALIASES",
+    "CheckpointError",
+    "default_dtype",
+    "export_hf",
+    "load",
+    "mesh_sharding",
+    "read_config",
+    "read_tokenizer",
+    "resolve",
+    "save",
+]

@@ -1,0 +1,119 @@
+"""From files to devices: rows are read, rounded and placed a piece at a time, shard by shard on a mesh."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding as ArraySharding
+
+from jaxopt_llm.checkpoints.files import aligned
+from jaxopt_llm.checkpoints.located import Located
+from jaxopt_llm.kernels import Format, QArray, Weight
+from jaxopt_llm.models import ParamSpec, shardings
+from jaxopt_llm.sharding import Sharding
+
+_CHUNK = 4 << 20  # elements read at once
+
+Leaf = jax.ShapeDtypeStruct
+Read = Callable[[int, int], Sequence[np.ndarray]]
+Span = tuple[int, int]
+Rest = tuple[Span, ...]
+
+
+def place(
+    name: str,
+    spec: ParamSpec,
+    source: Located,
+    *,
+    dtype: jnp.dtype,
+    rounding: Format | None = None,
+    native: bool = False,
+    sharding: Sharding | None = None,
+) -> Weight:
+    """Reads a parameter to its devices.
+
+    Args:
+      name: for messages.
+      spec: its shape and logical axes.
+      source: where it lies.
+      dtype: of float values.
+      rounding: quantize to this format while reading.
+      native: keep the file's own codes and scales where it has some.
+      sharding: a mesh and its rules; None for the default device.
+    """
+    shape = source.shape
+    if native and source.native and source.form:
+        form, codes = source.form, source.native
+        packed, groups = shape[-1] * form.bits // 8, shape[-1] // form.group
+        scales = Leaf((*shape[:-1], groups), form.scale)
+        data = Leaf((*shape[:-1], packed), jnp.int8 if form.bits == 8 else jnp.uint8)
+        empty = QArray(data, scales, scales if form.bias else None, bits=form.bits)
+        return _build(name, spec, empty, lambda a, b: [x for x in codes(a, b) if x is not None], sharding)
+    if rounding is not None:
+        rounding.check(shape[-1], name)
+        groups = shape[-1] // (rounding.group or shape[-1])
+        scales = Leaf((*shape[:-1], groups), jnp.dtype(rounding.scale_dtype))
+        empty = QArray(Leaf(shape, jnp.int8), scales, bits=rounding.bits, act=rounding.act)
+        return _build(name, spec, empty, lambda a, b: rounding.round(source.read(a, b, np.float32)), sharding)
+    return _build(name, spec, Leaf(shape, dtype), lambda a, b: [source.read(a, b, dtype)], sharding)
+
+
+def _build(name: str, spec: ParamSpec, empty: Leaf | QArray, read: Read, sharding: Sharding | None) -> Weight:
+    leaves, treedef = jax.tree.flatten(empty)
+    if sharding is None:
+        arrays = [jnp.asarray(buffer) for buffer in _read_whole(leaves, read)]
+    else:
+        targets = treedef.flatten_up_to(shardings(spec, empty, sharding, name))
+        arrays = _read_shards(leaves, read, targets)
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def _read_whole(leaves: Sequence[Leaf], read: Read) -> list[np.ndarray]:
+    buffers = [aligned(leaf.shape, leaf.dtype) for leaf in leaves]
+    for first, last in _chunks((0, leaves[0].shape[0]), leaves[0].shape):
+        for buffer, part in zip(buffers, read(first, last), strict=True):
+            buffer[first:last] = part
+    return buffers
+
+
+def _read_shards(leaves: Sequence[Leaf], read: Read, targets: Sequence[ArraySharding]) -> list[jax.Array]:
+    """Each range of rows is read once, cut for every device that holds a part of it, and dropped."""
+    wanted = [_indices(leaf.shape, target) for leaf, target in zip(leaves, targets, strict=True)]
+    placed: list[list[jax.Array]] = [[] for _ in leaves]
+    for rows in sorted({index[0] for index in wanted[0].values()}):
+        cuts = [{index[1:] for index in indices.values() if index[0] == rows} for indices in wanted]
+        buffers = [
+            {cut: aligned(_extent(rows, cut), leaf.dtype) for cut in some}
+            for leaf, some in zip(leaves, cuts, strict=True)
+        ]
+        for first, last in _chunks(rows, leaves[0].shape):
+            for store, part in zip(buffers, read(first, last), strict=True):
+                for cut, buffer in store.items():
+                    buffer[first - rows[0] : last - rows[0]] = part[(slice(None), *(slice(*s) for s in cut))]
+        for arrays, indices, store in zip(placed, wanted, buffers, strict=True):
+            for device, index in indices.items():
+                if index[0] == rows:
+                    arrays.append(jax.device_put(store[index[1:]], device))
+    return [
+        jax.make_array_from_single_device_arrays(leaf.shape, target, arrays)
+        for leaf, target, arrays in zip(leaves, targets, placed, strict=True)
+    ]
+
+
+def _indices(shape: tuple[int, ...], target: ArraySharding) -> dict[jax.Device, tuple[Span, ...]]:
+    """The part of an array that each of this process's devices holds, as (start, stop) a dimension."""
+    spans = lambda index: tuple(
+        s.indices(size)[:2] for s, size in zip(index, shape, strict=True)
+    )
+    return {device: spans(index) for device, index in target.addressable_devices_indices_map(shape).items()}
+
+
+def _extent(rows: Span, cut: Rest) -> list[int]:
+    return [stop - start for start, stop in (rows, *cut)]
+
+
+def _chunks(rows: Span, shape: tuple[int, ...]) -> list[Span]:
+    step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+    return [(first, min(first + step, rows[1])) for first in range(rows[0], rows[1], step)]

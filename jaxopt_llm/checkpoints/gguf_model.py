@@ -1,0 +1,2 @@
+def read_config(s): raise NotImplementedError
+def locate(*a): raise NotImplementedError

@@ -1,0 +1,73 @@
+"""Hugging Face directories that transformers loads."""
+
+import functools
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_llm.checkpoints import safetensors
+from jaxopt_llm.checkpoints.files import TensorSpec, atomic_directory
+from jaxopt_llm.checkpoints.hf import CONFIG
+from jaxopt_llm.kernels import QArray, Weight
+from jaxopt_llm.models import Transformer, weights
+from jaxopt_llm.models.families import family, write_config
+from jaxopt_llm.models.family import Source
+from jaxopt_llm.text import Tokenizer
+
+
+def export(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) -> None:
+    """Writes config.json, safetensors and the tokenizer, whole or not at all.
+
+    Quantized weights are written as the floats they stand for: transformers reads the model like any other.
+
+    Raises:
+      OSError: if `target` is something else than a checkpoint, or the disk is full.
+    """
+    config = write_config(model.config, str(model.dtype))
+    with atomic_directory(target, marker=CONFIG) as directory:
+        safetensors.write(directory, _tensors(model), {"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _tensors(model: Transformer) -> list[TensorSpec]:
+    kind = family(model.config.family)
+    sources: dict[str, list[tuple[Source, Weight]]] = defaultdict(list)
+    for name, value in weights(model).items():
+        source = kind.source(name)
+        sources[source.name].append((source, value))
+    result: list[TensorSpec] = []
+    for name, parts in sources.items():
+        source, value = parts[0]
+        if "{e}" in name:
+            for e in range(value.shape[0]):
+                make = functools.partial(_expert, value, e, model.dtype)
+                result.append((name.replace("{e}", str(e)), value.shape[1:], model.dtype, make))
+        else:
+            shape = (value.shape[0], len(parts) * value.shape[1], *value.shape[2:]) if source.part else value.shape
+            shape = (*shape[:-2], shape[-1], shape[-2]) if source.transposed else shape
+            result.append((name, shape, model.dtype, functools.partial(_fused, parts, model.dtype)))
+    return result
+
+
+def _values(value: Weight, dtype: jnp.dtype) -> np.ndarray:
+    return np.asarray(value.dequantize(dtype) if isinstance(value, QArray) else value).astype(dtype)
+
+
+def _expert(value: Weight, index: int, dtype: jnp.dtype) -> np.ndarray:
+    return _values(value[index], dtype)
+
+
+def _fused(parts: list[tuple[Source, Weight]], dtype: jnp.dtype) -> np.ndarray:
+    source, value = parts[0]
+    whole = _values(value, dtype)
+    if source.part:
+        whole = np.empty((value.shape[0], len(parts) * value.shape[1], *value.shape[2:]), dtype)
+        for part, weight in parts:
+            assert part.part
+            whole[:, part.part[0] :: part.part[1]] = _values(weight, dtype)
+    return np.ascontiguousarray(whole.swapaxes(-1, -2)) if source.transposed else whole

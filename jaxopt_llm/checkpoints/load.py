@@ -1,0 +1,168 @@
+"""`load`: any checkpoint to a model and its tokenizer, tensor by tensor."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_llm.checkpoints import assemble, gguf_model, hf, orbax, safetensors
+from jaxopt_llm.checkpoints import gguf as gguf_file
+from jaxopt_llm.checkpoints.files import CheckpointError, TensorSource, refuse_pickles
+from jaxopt_llm.checkpoints.located import Located
+from jaxopt_llm.checkpoints.resolve import resolve
+from jaxopt_llm.kernels import Format, Weight, quantization_format
+from jaxopt_llm.models import (
+    ModelConfig,
+    Transformer,
+    abstract,
+    from_params,
+    quantizable,
+    specs,
+)
+from jaxopt_llm.sharding import MeshSpec, Sharding
+from jaxopt_llm.text import Tokenizer
+
+Progress = Callable[[int, int], None]
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: Any = None,
+    quantize: str | None = None,
+    mesh: str | MeshSpec | jax.sharding.Mesh | None = None,
+    progress: Progress | None = None,
+) -> tuple[Transformer, Tokenizer | None]:
+    """Loads a checkpoint, mapping its files and placing tensor by tensor.
+
+    Peak memory stays under the model's size in memory plus 1.5 times its largest tensor.
+
+    Args:
+      source: an alias, a directory (Hugging Face or our own), a `.gguf` file, `hf:org/name[@revision]`.
+      dtype: of parameters and activations. None is bfloat16 where the chip has it (float16 on a T4), float32
+        on a CPU. "native" keeps GGUF's Q8_0, Q4_0 and Q4_1 blocks without loss and Q4_K and Q6_K with scales
+        multiplied out.
+      quantize: a rounding to nearest (`int8`, `int8_block`) that each tensor goes through while it is read.
+      mesh: `"data=2,tensor=4"`, to place parameters on a mesh shard by shard.
+      progress: called with (parameters placed, of all).
+
+    Returns:
+      the model, and its tokenizer (None where a Hugging Face directory has none).
+
+    Raises:
+      CheckpointError: if files are damaged, or do not fit the model; all problems are listed together.
+      ValueError: for a dtype, format or mesh that does not exist or does not divide.
+    """
+    path = resolve(str(source))
+    native = isinstance(dtype, str) and dtype == "native"
+    rounding = None if quantize is None else quantization_format(quantize)
+    if native and rounding:
+        raise ValueError('dtype="native" keeps the file\'s own rounding; drop it, or drop quantize')
+    chosen = default_dtype() if dtype is None or native else float_dtype(dtype)
+    if orbax.is_checkpoint(path):
+        if native or rounding:
+            raise ValueError(f"{path} is in our own format, which loads as it was saved; use jo.quantize afterwards")
+        sharding = None if mesh is None else mesh_sharding(mesh, orbax.read_config(path))
+        return orbax.load(path, dtype=None if dtype is None else chosen, sharding=sharding), read_tokenizer(path)
+    with _open(path) as files:
+        config, locate = _read_config(files, path)
+        wanted = specs(abstract(config, chosen))
+        sharding = None if mesh is None else mesh_sharding(mesh, config)
+        located = locate(files, config, wanted)
+        weights: dict[str, Weight] = {}
+        placed, total = 0, sum(_size(entry) for entry in located.values())
+        for name, entry in located.items():
+            weights[name] = assemble.place(
+                name,
+                wanted[name],
+                entry,
+                dtype=chosen,
+                rounding=rounding if quantizable(name, entry.shape) else None,
+                native=native,
+                sharding=sharding,
+            )
+            placed += _size(entry)
+            if progress:
+                progress(placed, total)
+        return from_params(config, weights, dtype=chosen), _tokenizer(files, path)
+
+
+def default_dtype() -> jnp.dtype:
+    """bfloat16 where the chip has it, float16 on older GPUs (T4), float32 on a CPU."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return jnp.dtype(jnp.float32)
+    if device.platform == "gpu" and float(getattr(device, "compute_capability", "8.0")) < 8:
+        return jnp.dtype(jnp.float16)
+    return jnp.dtype(jnp.bfloat16)
+
+
+def float_dtype(dtype: Any) -> jnp.dtype:
+    """A float dtype by its name.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    try:
+        result = jnp.dtype(dtype)
+    except TypeError:
+        result = None
+    if result not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be native, {', '.join(str(d) for d in _DTYPES)}, or None")
+    return result
+
+
+_DTYPES = [jnp.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16)]
+
+
+def mesh_sharding(mesh: str | MeshSpec | jax.sharding.Mesh, config: ModelConfig) -> Sharding:
+    """Where the parameters of a model go on a mesh."""
+    built = mesh if isinstance(mesh, jax.sharding.Mesh) else MeshSpec.parse(mesh).build()
+    return Sharding(built, config.units)
+
+
+def read_config(source: str | Path) -> tuple[ModelConfig, Path]:
+    """The config of a checkpoint and the path it resolved to; no weights are read."""
+    path = resolve(str(source))
+    if orbax.is_checkpoint(path):
+        return orbax.read_config(path), path
+    if path.suffix == ".gguf":
+        with gguf_file.open_file(path) as files:
+            return gguf_model.read_config(files), path
+    return hf.read_config(path), path
+
+
+def _open(path: Path) -> TensorSource:
+    if path.suffix == ".gguf":
+        return gguf_file.open_file(path)
+    if path.is_dir():
+        hf.read_json(path / hf.CONFIG)  # a directory that holds no model says so, not what files it lacks
+        return safetensors.open_directory(path)
+    refuse_pickles(path)
+    raise CheckpointError(path, "not a checkpoint: name a directory or a .gguf file")
+
+
+def _read_config(files: TensorSource, path: Path) -> tuple[ModelConfig, Callable[..., Mapping[str, Located]]]:
+    if path.suffix == ".gguf":
+        return gguf_model.read_config(files), gguf_model.locate
+    return hf.read_config(path), hf.locate
+
+
+def _tokenizer(files: TensorSource, path: Path) -> Tokenizer | None:
+    if path.suffix == ".gguf":
+        return Tokenizer.from_gguf(files.metadata) if "tokenizer.ggml.model" in files.metadata else None
+    return read_tokenizer(path)
+
+
+def read_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a directory; None where it has no tokenizer files at all."""
+    if not any(directory.glob("tokenizer*")) and not (directory / "vocab.json").exists():
+        return None
+    return Tokenizer.from_directory(directory)
+
+
+def _size(entry: Located) -> int:
+    return math.prod(entry.shape)

@@ -1,0 +1,132 @@
+"""Our own format: `jaxopt_llm.json`, parameters in Orbax, and the tokenizer's files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from jaxopt_llm.checkpoints.files import CheckpointError, atomic_directory
+from jaxopt_llm.checkpoints.hf import read_json
+from jaxopt_llm.kernels import QArray, Weight
+from jaxopt_llm.models import ModelConfig, Transformer, abstract, from_params, shardings, specs, weights
+from jaxopt_llm.sharding import Sharding
+from jaxopt_llm.text import Tokenizer
+
+MARKER = "jaxopt_llm.json"
+_PARAMS = "params"
+_VERSION = 1
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is in our own format."""
+    return path.is_dir() and (path / MARKER).exists()
+
+
+def save(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) -> None:
+    """Writes a model, quantized or not, so that it appears whole or not at all.
+
+    Raises:
+      OSError: if `target` is something else than a checkpoint of ours, or the disk is full.
+    """
+    values = weights(model)
+    description = {
+        "version": _VERSION,
+        "dtype": str(model.dtype),
+        "config": model.config.to_json(),
+        "weights": {name: _describe(value) for name, value in values.items()},
+    }
+    with atomic_directory(target, marker=MARKER) as directory:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory / _PARAMS, {name: _leaves(value) for name, value in values.items()})
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        (directory / MARKER).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def _describe(value: Weight) -> dict[str, Any]:
+    """The shapes and dtypes of a weight's leaves, and what a quantized one is beside them."""
+    leaves = {key: [list(leaf.shape), str(leaf.dtype)] for key, leaf in _leaves(value).items()}
+    return leaves | ({"bits": value.bits, "act": value.act} if isinstance(value, QArray) else {})
+
+
+def _leaves(value: Weight) -> dict[str, jax.Array]:
+    if not isinstance(value, QArray):
+        return {"value": value}
+    leaves = {"data": value.data, "scale": value.scale}
+    return leaves if value.bias is None else leaves | {"bias": value.bias}
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The config of a checkpoint of ours; nothing else is read."""
+    return _read(path)[0]
+
+
+def load(path: Path, *, dtype: jnp.dtype | None = None, sharding: Sharding | None = None) -> Transformer:
+    """Restores a model as it was saved.
+
+    Args:
+      path: a directory that `save` wrote.
+      dtype: of float parameters and activations; None keeps what was saved.
+      sharding: a mesh and its rules; None for the default device.
+
+    Raises:
+      CheckpointError: if something is missing or damaged.
+    """
+    config, description = _read(path)
+    chosen = dtype or jnp.dtype(description["dtype"])
+    wanted, target = specs(abstract(config, chosen)), {}
+    try:
+        empty = {name: _empty(entry, chosen) for name, entry in description["weights"].items()}
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(path / MARKER, f"damaged: {error}") from error
+    for name, value in empty.items():
+        if sharding is None or name not in wanted:
+            places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), value)
+        else:
+            places = shardings(wanted[name], value, sharding, name)
+        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        target[name] = _leaves(jax.tree.map(place, value, places))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore((path / _PARAMS).absolute(), target)
+    except Exception as error:  # Orbax raises whatever its storage raises
+        raise CheckpointError(path / _PARAMS, f"cannot be restored: {_first_line(error)}") from error
+    values = {name: _filled(empty[name], leaves) for name, leaves in restored.items()}
+    try:
+        return from_params(config, values, dtype=chosen)
+    except ValueError as error:
+        raise CheckpointError(path, str(error)) from error
+
+
+def _read(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    description = read_json(path / MARKER)
+    if description.get("version") != _VERSION:
+        found = description.get("version")
+        raise CheckpointError(path / MARKER, f"version {found!r}; this release reads version {_VERSION}")
+    try:
+        return ModelConfig.from_json(description["config"]), description
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(path / MARKER, f"damaged: {error}") from error
+
+
+def _empty(entry: dict[str, Any], dtype: jnp.dtype) -> Any:
+    """A weight of shapes from what `_describe` wrote."""
+    if "value" in entry:
+        return jax.ShapeDtypeStruct(tuple(entry["value"][0]), dtype)
+    leaf = lambda key: jax.ShapeDtypeStruct(tuple(entry[key][0]), jnp.dtype(entry[key][1]))
+    act = None if entry["act"] is None else tuple(entry["act"])
+    bias = leaf("bias") if "bias" in entry else None
+    return QArray(leaf("data"), leaf("scale"), bias, bits=entry["bits"], act=act)
+
+
+def _filled(empty: Any, leaves: dict[str, jax.Array]) -> Weight:
+    if not isinstance(empty, QArray):
+        return leaves["value"]
+    return QArray(leaves["data"], leaves["scale"], leaves.get("bias"), bits=empty.bits, act=empty.act)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,166 @@
+"""The console script: `jaxopt-llm COMMAND [--flags]`."""
+
+import importlib
+import inspect
+import itertools
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+from absl import flags, logging
+
+from jaxopt_llm.cli import flags as shared
+from jaxopt_llm.cli import machine
+from jaxopt_llm.configs.overrides import nearest
+
+# command: its module, imported only when it is called, and its line of help
+COMMANDS = {
+    "generate": ("jaxopt_llm.cli.generate", "continue a prompt, or answer it"),
+    "chat": ("jaxopt_llm.cli.chat", "talk to a model in the terminal"),
+    "eval": ("jaxopt_llm.cli.evaluate", "perplexity of a model, and its distance to another"),
+    "optimize": ("jaxopt_llm.cli.optimize", "make a model smaller and faster, and tell what that cost"),
+    "convert": ("jaxopt_llm.cli.convert", "write a model in another format: orbax, hf, gguf"),
+    "inspect": ("jaxopt_llm.cli.inspect", "family, shapes and bytes of a model, without loading it"),
+    "env": ("jaxopt_llm.cli.env", "versions, devices, kernels, caches"),
+}
+HELP = ("--help", "-help", "-h")
+METAVARS = {"int": "INT", "float": "FLOAT", "string": "TEXT", "multi string": "TEXT"}
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; `argv` leaves out the program's name and defaults to `sys.argv[1:]`.
+
+    Returns the exit code: 0 done; 2 the user's mistake, a `ValueError` or `OSError`, told in one line on
+    stderr (`JAXOPT_TRACEBACK=1` lets it through); 130 interrupted; 141 nobody reads stdout any more.
+    Whatever else a command raises is a bug and passes through.
+    """
+    logging.set_verbosity(logging.ERROR)  # Orbax narrates its saves
+    warnings.formatwarning = lambda message, *_, **__: f"jaxopt-llm: warning: {message}\n"
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at exit
+        return 141
+    except (ValueError, OSError) as error:
+        if os.environ.get("JAXOPT_TRACEBACK"):
+            raise
+        print(f"jaxopt-llm: error: {_explain(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    match arguments:
+        case [] | ["help"] | ["--help" | "-help" | "-h", *_]:
+            print(_overview())
+        case ["help", name, *_]:
+            print(_help(name, _command(name)))
+        case [name, *rest]:
+            command = _command(name)
+            if any(argument in HELP for argument in itertools.takewhile("--".__ne__, rest)):
+                print(_help(name, command))
+            else:
+                _parse(name, _flags(command), rest)
+                command.main([f"jaxopt-llm {name}"])
+
+
+def _command(name: str) -> ModuleType:
+    if name.startswith("-"):
+        raise ValueError(f"the command comes before its flags, not {name!r}; see jaxopt-llm --help")
+    if name not in COMMANDS:
+        raise ValueError(f"no command {name!r}{nearest(name, COMMANDS)}; see jaxopt-llm --help")
+    machine.prepare()
+    return importlib.import_module(COMMANDS[name][0])
+
+
+def _flags(command: ModuleType) -> flags.FlagValues:
+    """The flags that the command's module holds, its own and those it imported, all at their defaults.
+
+    Parsing these instead of absl's global flags refuses those that other modules define, absl's own included.
+    """
+    values = flags.FlagValues()
+    for holder in _holders(vars(command).values()):
+        is_shared = any(holder is known for known in vars(shared).values())
+        flag = (shared.SHARED if is_shared else flags.FLAGS)[holder.name]
+        flag.unparse()
+        values[flag.name] = flag
+    return values
+
+
+def _holders(members: Iterable[object]) -> Iterator[flags.FlagHolder[Any]]:
+    for member in members:
+        if isinstance(member, flags.FlagHolder):
+            yield member
+        elif isinstance(member, shared.FlagGroup):
+            yield from member
+
+
+def _parse(name: str, values: flags.FlagValues, arguments: list[str]) -> None:
+    try:
+        positional = values([name, *arguments])[1:]
+    except flags.UnrecognizedFlagError as error:
+        flag = f"--{error.flagname}{nearest(error.flagname, values, prefix='--')}"
+        raise ValueError(f"{name} has no flag {flag}; see jaxopt-llm {name} --help") from None
+    except flags.Error as error:
+        missing = [f"--{flag}" for flag in values if values[flag].value is None and _required(values, flag)]
+        if missing and values.is_parsed():  # so it was not a value that did not parse
+            raise ValueError(f"{name} needs {' and '.join(missing)}") from None
+        raise ValueError(str(error)) from None
+    if positional:
+        raise ValueError(f"{name} takes flags only, not {positional[0]!r}; see jaxopt-llm {name} --help")
+    shared.SHARED.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()
+
+
+def _required(values: flags.FlagValues, name: str) -> bool:
+    """Whether a flag without a default must be given."""
+    if values[name].default is not None:
+        return False
+    try:
+        for validator in values[name].validators:
+            validator.verify(values)
+    except flags.ValidationError:
+        return True
+    return False
+
+
+def _overview() -> str:
+    commands = "\n".join(f"  {name:10}{line}" for name, (_, line) in COMMANDS.items())
+    return (
+        "usage: jaxopt-llm COMMAND [--flags]\n\n"
+        "Make language models smaller, faster and bigger than one chip, without leaving JAX.\n\n"
+        f"commands:\n{commands}\n\n"
+        "jaxopt-llm COMMAND --help lists the flags of a command.\n"
+        "JAXOPT_TRACEBACK=1 shows where an error comes from."
+    )
+
+
+def _help(name: str, command: ModuleType) -> str:
+    values = _flags(command)
+    required_first = sorted(values, key=lambda flag: not _required(values, flag))
+    described = "\n".join(_describe(values, flag) for flag in required_first)
+    return f"usage: jaxopt-llm {name} [--flags]\n\n{inspect.getdoc(command)}\n\nflags:\n{described}"
+
+
+def _describe(values: flags.FlagValues, name: str) -> str:
+    flag = values[name]
+    head = f"--[no]{name}" if flag.boolean else f"--{name}={METAVARS.get(flag.flag_type(), 'VALUE')}"
+    text = " ".join(flag.help.split())
+    if _required(values, name):
+        text += " (required)"
+    elif flag.default:
+        text += f" (default: {flag.default})"
+    return f"  {head}\n" + textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+
+
+def _explain(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,146 @@
+"""Parameters as a pytree: names, shapes and logical axes; building a model from them, and placing it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
+
+from jaxopt_llm.kernels import QArray, Weight
+from jaxopt_llm.models.config import ModelConfig
+from jaxopt_llm.models.layers import flat_params
+from jaxopt_llm.models.transformer import Transformer
+from jaxopt_llm.sharding import Sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """What a parameter must be: the shape of its values, dtype, and a logical axis a dimension."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: tuple[str | None, ...]
+
+
+def abstract(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Transformer:
+    """A model whose parameters are shapes: nothing is allocated."""
+    return nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def specs(model: Transformer) -> dict[str, ParamSpec]:
+    """Every parameter of a model (abstract or not) under its dotted name."""
+    result = {}
+    for name, param in flat_params(model).items():
+        value = param.get_value()
+        result[name] = ParamSpec(tuple(value.shape), getattr(value, "dtype", model.dtype), param.axes)
+    return result
+
+
+def quantizable(name: str, shape: Sequence[int]) -> bool:
+    """Weights of products, embedding and head included; routers, norms and biases stay float."""
+    return len(shape) >= 2 and name.endswith(".weight") and ".router." not in name
+
+
+def flatten(tree: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+    """A nested tree of parameters as one of dotted names; a flat one as it is."""
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        if isinstance(value, Mapping | list | tuple):
+            flat |= {f"{key}.{name}": leaf for name, leaf in flatten(value).items()}
+        else:
+            flat[str(key)] = value
+    return flat
+
+
+def mismatches(wanted: Mapping[str, ParamSpec], given: Mapping[str, Sequence[int]]) -> list[str]:
+    """Every missing, unexpected and misshapen parameter, a line each."""
+    problems = [f"missing {name} {spec.shape}" for name, spec in wanted.items() if name not in given]
+    problems += [f"unexpected {name} {tuple(shape)}" for name, shape in given.items() if name not in wanted]
+    return problems + [
+        f"{name} has shape {tuple(given[name])}, the config wants {spec.shape}"
+        for name, spec in wanted.items()
+        if name in given and tuple(given[name]) != spec.shape
+    ]
+
+
+def from_params(
+    config: ModelConfig, tree: Mapping[str, Any], *, dtype: jnp.dtype = jnp.float32
+) -> Transformer:
+    """A model over one's own parameters, nested or with dotted names; plain arrays or `QArray`s.
+
+    Args:
+      config: what the model is.
+      tree: every parameter, as `layers.0.attention.q.weight` or nested by its parts.
+      dtype: of activations.
+
+    Raises:
+      ValueError: listing all missing, unexpected and misshapen parameters.
+    """
+    model, values = abstract(config, dtype), flatten(tree)
+    problems = mismatches(specs(model), {name: value.shape for name, value in values.items()})
+    if problems:
+        raise ValueError("parameters do not fit the config:\n  " + "\n  ".join(problems))
+    return with_weights(model, values)
+
+
+def with_weights(model: Transformer, values: Mapping[str, Weight]) -> Transformer:
+    """A copy of `model` that has these values in place of its own; the rest is shared."""
+    graph, state = nnx.split(model)
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        value = values.get(".".join(map(str, path)))
+        if value is not None:
+            variable = variable.replace(value if isinstance(value, QArray) else jnp.asarray(value))
+        flat.append((path, variable))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def apply(graph: nnx.GraphDef, params: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Logits as a pure function: `graph, params = nnx.split(model)`."""
+    return nnx.merge(graph, params)(tokens)
+
+
+def shardings(spec: ParamSpec, weight: Any, sharding: Sharding, name: str) -> Any:
+    """A `NamedSharding` for each leaf of a weight, or of the shapes of one.
+
+    Raises:
+      ValueError: if an axis does not divide, or a group of a quantized weight would straddle two shards.
+    """
+    whole = sharding.named(spec.axes, name)
+    if not isinstance(weight, QArray):
+        return whole
+    mesh, parts = sharding.mesh, sharding.spec(spec.axes, name)
+    groups, axis = weight.scale.shape[-1], parts[-1]
+    if axis and groups > 1 and groups % mesh.shape[axis]:
+        raise ValueError(
+            f"{name} has {groups} groups of {weight.group}, which mesh {axis}={mesh.shape[axis]} does not divide"
+        )
+    per_group = whole if groups > 1 else NamedSharding(mesh, jax.sharding.PartitionSpec(*parts[:-1], None))
+    return dataclasses.replace(
+        weight, data=whole, scale=per_group, bias=None if weight.bias is None else per_group
+    )
+
+
+def place(model: Transformer, sharding: Sharding) -> Transformer:
+    """A copy of the model with every parameter on the mesh."""
+    wanted, values = specs(model), {name: p.get_value() for name, p in flat_params(model).items()}
+    placed = {
+        name: jax.device_put(value, shardings(wanted[name], value, sharding, name)) for name, value in values.items()
+    }
+    return with_weights(model, placed)
+
+
+def num_params(model: Transformer) -> int:
+    """Numbers that the model holds: codes count, their scales do not."""
+    return sum(int(np.prod(spec.shape)) for spec in specs(model).values())
+
+
+def num_bytes(model: Transformer) -> int:
+    """Bytes that the parameters occupy, scales included."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
