@@ -1,8 +1,16 @@
 """Floor 3: checkpoints in and out."""
 
 from jaxopt_llm.checkpoints.files import CheckpointError
+from jaxopt_llm.checkpoints.gguf_export import export as export_gguf
 from jaxopt_llm.checkpoints.hf_export import export as export_hf
-from jaxopt_llm.checkpoints.load import default_dtype, load, mesh_sharding, read_config, read_tokenizer
+from jaxopt_llm.checkpoints.load import (
+    default_dtype,
+    load,
+    mesh_sharding,
+    read_config,
+    read_tokenizer,
+    stored_bytes,
+)
 from jaxopt_llm.checkpoints.orbax import save
 from jaxopt_llm.checkpoints.resolve import ALIASES, resolve
 
@@ -10,6 +18,7 @@ __all__ = [
     "ALIASES",
     "CheckpointError",
     "default_dtype",
+    "export_gguf",
     "export_hf",
     "load",
     "mesh_sharding",
@@ -17,4 +26,5 @@ __all__ = [
     "read_tokenizer",
     "resolve",
     "save",
+    "stored_bytes",
 ]

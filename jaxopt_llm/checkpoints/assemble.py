@@ -14,7 +14,7 @@ from jaxopt_llm.kernels import Format, QArray, Weight
 from jaxopt_llm.models import ParamSpec, shardings
 from jaxopt_llm.sharding import Sharding
 
-_CHUNK = 4 << 20  # elements read at once
+_CHUNK = 1 << 18  # elements read at once
 
 Leaf = jax.ShapeDtypeStruct
 Read = Callable[[int, int], Sequence[np.ndarray]]
@@ -63,7 +63,7 @@ def place(
 def _build(name: str, spec: ParamSpec, empty: Leaf | QArray, read: Read, sharding: Sharding | None) -> Weight:
     leaves, treedef = jax.tree.flatten(empty)
     if sharding is None:
-        arrays = [jnp.asarray(buffer) for buffer in _read_whole(leaves, read)]
+        arrays = [jax.device_put(buffer) for buffer in _read_whole(leaves, read)]  # on a CPU without a copy
     else:
         targets = treedef.flatten_up_to(shardings(spec, empty, sharding, name))
         arrays = _read_shards(leaves, read, targets)

@@ -29,6 +29,7 @@ TensorSpec = tuple[
 
 _ALIGNMENT = 64  # bytes; JAX on the CPU adopts an array so aligned without a copy
 _CHUNK = 4 << 20  # bytes of a file read before their pages are given back
+_FOLIO = 2 << 20  # bytes; with a page that is touched Linux maps the folio it lies in, at most so large
 _MOST_PROBLEMS = 50  # listed in one message
 _LONGEST_PROBLEM = 2000  # characters: a hostile name may have millions
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -108,9 +109,9 @@ class MappedFile:
     def release(self, view: np.ndarray) -> None:
         """Gives back the pages behind a view, so that resident memory does not grow with the file."""
         if view.size and hasattr(mmap, "MADV_DONTNEED"):
-            low, high = np.lib.array_utils.byte_bounds(view)
-            start = (low - self._base) // mmap.PAGESIZE * mmap.PAGESIZE
-            self.map.madvise(mmap.MADV_DONTNEED, start, high - self._base - start)
+            low, high = (address - self._base for address in np.lib.array_utils.byte_bounds(view))
+            start, stop = low // _FOLIO * _FOLIO, -(-high // _FOLIO) * _FOLIO
+            self.map.madvise(mmap.MADV_DONTNEED, start, min(stop, self.size) - start)
 
     def close(self) -> None:
         with suppress(
@@ -212,10 +213,10 @@ class Tensor:
 
     def _stored(self, bounds: list[tuple[int, int]]) -> tuple[np.ndarray, slice]:
         """A view of what the file holds at `bounds`, and the columns still to cut from its values."""
-        index = [slice(*bound) for bound in bounds]
+        index: list[Any] = [slice(*bound) for bound in bounds]
         if not self._blocked:
             whole = self.file.array(self.offset, self.shape, self.dtype)
-            return whole[(*index, ...)], slice(None)  # the ellipsis keeps a scalar an array
+            return whole[(*index, ...)], slice(None)
         elements, nbytes = blocks.SIZES[self.storage]
         (start, stop), width = bounds[-1], self.shape[-1]
         first, last = start // elements, -(-stop // elements)
@@ -223,24 +224,22 @@ class Tensor:
         raw = self.file.array(self.offset, (*self.shape[:-1], width // elements * nbytes), np.uint8)
         return raw[tuple(index)], slice(start - first * elements, stop - first * elements)
 
-    def _parts(self, stored: np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    def _parts(self, stored: np.ndarray) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
         """(index, view) of each piece in turn; a piece's pages are given back when the next is asked for."""
         axes, limit = stored.ndim, _CHUNK
-        if (
-            self._blocked
-        ):  # rows stay whole, and a piece stays in the processor's cache when it becomes float32
+        if self._blocked:  # rows stay whole, and a piece in float32 stays in the processor's cache
             elements, nbytes = blocks.SIZES[self.storage]
-            axes, limit = stored.ndim - 1, _CHUNK * nbytes // (16 * elements)
+            axes, limit = stored.ndim - 1, _CHUNK // 16 * nbytes // elements
         for piece in _pieces(stored.shape[:axes], stored.strides, limit) if stored.size else ():
-            part = stored[(*piece, ...)]
+            part = stored[piece]
             yield piece, part
             self.file.release(part)
 
 
-def _pieces(shape: Sequence[int], strides: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
+def _pieces(shape: Sequence[int], strides: Sequence[int], limit: int) -> Iterator[tuple[Any, ...]]:
     """Indices that tile an array of `shape` in pieces that span `limit` bytes, or else a single row."""
     if not shape:
-        yield ()
+        yield (...,)  # which leaves a scalar an array
     elif strides[0] > limit and len(shape) > 1:
         for row in range(shape[0]):
             for rest in _pieces(shape[1:], strides[1:], limit):
@@ -251,7 +250,7 @@ def _pieces(shape: Sequence[int], strides: Sequence[int], limit: int) -> Iterato
             yield (slice(start, start + step),)
 
 
-def _assign(out: np.ndarray, piece: tuple[slice, ...], values: np.ndarray) -> None:
+def _assign(out: np.ndarray, piece: tuple[Any, ...], values: np.ndarray) -> None:
     if out.dtype == np.float16 and values.dtype == ml_dtypes.bfloat16:
         values = values.astype(np.float32)  # the cast from bfloat16 itself does not report an overflow
     with np.errstate(invalid="ignore", over="raise"):
@@ -321,8 +320,8 @@ def atomic_directory(target: str | os.PathLike[str], *, marker: str = "config.js
     """A directory to fill in place of `target`, which appears whole when the block ends, or not at all.
 
     Like `atomic_file`. Where the file system cannot exchange two directories in one step (NFS, some network
-    drives), the old one waits as `.NAME.old` for the moment between two renames; after a kill just then, the
-    next write puts it back.
+    drives), the old one waits as `.NAME.replaced` for the moment between two renames; after a kill just then,
+    the next write puts it back.
 
     Args:
       target: replaced, with all that is in it, if it is a directory that is empty or holds `marker`.
@@ -332,7 +331,7 @@ def atomic_directory(target: str | os.PathLike[str], *, marker: str = "config.js
       FileExistsError: if something else stands there.
     """
     target = Path(os.path.realpath(target))
-    temporary, old = _temporary(target), target.with_name(f".{target.name}.old")
+    temporary, old = _temporary(target), target.with_name(f".{target.name}.replaced")
     if old.exists():
         _remove(old) if target.exists() else old.rename(target)
     if target.exists() and not (
@@ -377,7 +376,7 @@ def _exchange(one: Path, other: Path) -> bool:
 def _temporary(target: Path) -> Path:
     """A new hidden name beside `target`. What dead processes left there is removed: nobody holds its lock."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
         with suppress(FileNotFoundError):  # another process removes it too
             if time.time() - leftover.stat().st_mtime > _YOUNG:
                 with _locked(leftover) as held:

@@ -42,6 +42,7 @@ _SCALARS: dict[int, np.dtype] = {
 }
 _CODES = {dtype: code for code, dtype in _SCALARS.items()}
 
+_TYPES = {member.value: member.name for member in GGMLQuantizationType}
 _PLAIN: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -202,7 +203,7 @@ class _Reader:
             elif problem := _entry_problem(shape, code, offset, alignment):
                 problems.append(f"tensor {name!r}: {problem}")
             else:
-                storage = GGMLQuantizationType(code).name
+                storage = _TYPES[code]
                 dtype = _PLAIN.get(storage, np.dtype(np.float32))
                 found[name] = Tensor(name, storage, dtype, shape, self.file, start + offset)
         end = start
@@ -220,8 +221,7 @@ class _Reader:
 
 
 def _entry_problem(shape: tuple[int, ...], code: int, offset: int, alignment: int) -> str:
-    names = {member.value: member.name for member in GGMLQuantizationType}
-    storage = names.get(code, "")
+    storage = _TYPES.get(code, "")
     if storage not in _PLAIN and storage not in blocks.SIZES:
         known = ", ".join([*_PLAIN, *blocks.SIZES])
         return f"type {code}{storage and f' ({storage})'} cannot be read; those that can: {known}"
@@ -286,8 +286,8 @@ def _encode(value: Any, key: str) -> tuple[int, bytes]:
         return _STRING, _text(value)
     if isinstance(value, np.ndarray | list | tuple):
         return _ARRAY, _encode_array(value, key)
-    if type(value) is int:
-        value = np.uint32(value) if 0 <= value < 2**32 else np.int64(value)
+    if type(value) is int and 0 <= value < 2**32:
+        value = np.uint32(value)
     elif type(value) is float:
         value = np.float32(value)
     array = np.asarray(value)
@@ -304,13 +304,15 @@ def _encode_array(values: np.ndarray | list[Any] | tuple[Any, ...], key: str) ->
             return struct.pack("<IQ", _STRING, len(values)) + b"".join(map(_text, values))
         if kinds <= {list, tuple}:
             return struct.pack("<IQ", _ARRAY, len(values)) + b"".join(_encode_array(v, key) for v in values)
+        if len(kinds) > 1 and kinds != {int, float}:
+            raise ValueError(f"{key}: a list of mixed types has no GGUF type")
         values = np.asarray(values)
-        if kinds == {int} and np.abs(values).max() < 2**31:
-            values = values.astype(np.int32)
-        elif kinds <= {int, float} and float in kinds:
+        if float in kinds:
             values = values.astype(np.float32)
+        elif kinds == {int} and values.min() >= -(2**31) and values.max() < 2**31:
+            values = values.astype(np.int32)
     if values.ndim != 1 or values.dtype not in _CODES:
-        raise ValueError(f"{key}: a list of mixed or unknown types has no GGUF type")
+        raise ValueError(f"{key}: an array of {values.dtype}{values.shape} has no GGUF type")
     return struct.pack("<IQ", _CODES[values.dtype], len(values)) + values.tobytes()
 
 

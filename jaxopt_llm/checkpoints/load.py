@@ -1,6 +1,7 @@
 """`load`: any checkpoint to a model and its tokenizer, tensor by tensor."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,23 @@ def read_config(source: str | Path) -> tuple[ModelConfig, Path]:
     return hf.read_config(path), path
 
 
+def stored_bytes(path: Path) -> dict[str, int]:
+    """Bytes of a checkpoint's tensors by the type they are stored in, from its headers; none without weights.
+
+    Types go by their format's own words: "BF16" in safetensors, "Q4_K" in GGUF, "bfloat16" in our own.
+    """
+    if orbax.is_checkpoint(path):
+        return orbax.stored_bytes(path)
+    if path.is_dir() and not any(path.glob("*.safetensors*")):
+        refuse_pickles(path)
+        return {}
+    with _open(path) as files:
+        sizes: Counter[str] = Counter()
+        for tensor in files.values():
+            sizes[tensor.storage] += tensor.nbytes
+        return dict(sizes)
+
+
 def _open(path: Path) -> TensorSource:
     if path.suffix == ".gguf":
         return gguf_file.open_file(path)
@@ -153,7 +171,8 @@ def _read_config(files: TensorSource, path: Path) -> tuple[ModelConfig, Callable
 
 def _tokenizer(files: TensorSource, path: Path) -> Tokenizer | None:
     if path.suffix == ".gguf":
-        return Tokenizer.from_gguf(files.metadata) if "tokenizer.ggml.model" in files.metadata else None
+        absent = files.metadata.get("tokenizer.ggml.model", "no_vocab") == "no_vocab"
+        return None if absent else Tokenizer.from_gguf(files.metadata)
     return read_tokenizer(path)
 
 

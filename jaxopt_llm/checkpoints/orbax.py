@@ -1,6 +1,8 @@
 """Our own format: `jaxopt_llm.json`, parameters in Orbax, and the tokenizer's files."""
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,16 @@ def read_config(path: Path) -> ModelConfig:
     return _read(path)[0]
 
 
+def stored_bytes(path: Path) -> dict[str, int]:
+    """Bytes of the parameters' leaves by dtype; they are not read."""
+    _, description = _read(path)
+    sizes: Counter[str] = Counter()
+    for value in _empties(path, description, None).values():
+        for leaf in jax.tree.leaves(value):
+            sizes[str(leaf.dtype)] += math.prod(leaf.shape) * leaf.dtype.itemsize
+    return dict(sizes)
+
+
 def load(path: Path, *, dtype: jnp.dtype | None = None, sharding: Sharding | None = None) -> Transformer:
     """Restores a model as it was saved.
 
@@ -78,10 +90,7 @@ def load(path: Path, *, dtype: jnp.dtype | None = None, sharding: Sharding | Non
     config, description = _read(path)
     chosen = dtype or jnp.dtype(description["dtype"])
     wanted, target = specs(abstract(config, chosen)), {}
-    try:
-        empty = {name: _empty(entry, chosen) for name, entry in description["weights"].items()}
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(path / MARKER, f"damaged: {error}") from error
+    empty = _empties(path, description, chosen)
     for name, value in empty.items():
         if sharding is None or name not in wanted:
             places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), value)
@@ -112,10 +121,18 @@ def _read(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise CheckpointError(path / MARKER, f"damaged: {error}") from error
 
 
-def _empty(entry: dict[str, Any], dtype: jnp.dtype) -> Any:
+def _empties(path: Path, description: dict[str, Any], dtype: jnp.dtype | None) -> dict[str, Any]:
+    """Every weight as shapes, floats in `dtype`, or None for what was saved."""
+    try:
+        return {name: _empty(entry, dtype) for name, entry in description["weights"].items()}
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(path / MARKER, f"damaged: {error}") from error
+
+
+def _empty(entry: dict[str, Any], dtype: jnp.dtype | None) -> Any:
     """A weight of shapes from what `_describe` wrote."""
     if "value" in entry:
-        return jax.ShapeDtypeStruct(tuple(entry["value"][0]), dtype)
+        return jax.ShapeDtypeStruct(tuple(entry["value"][0]), dtype or jnp.dtype(entry["value"][1]))
     leaf = lambda key: jax.ShapeDtypeStruct(tuple(entry[key][0]), jnp.dtype(entry[key][1]))
     act = None if entry["act"] is None else tuple(entry["act"])
     bias = leaf("bias") if "bias" in entry else None

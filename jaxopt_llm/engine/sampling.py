@@ -41,7 +41,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
 
@@ -120,8 +120,8 @@ def penalize(
     factor = slots.repetition[:, None]
     scaled = jnp.where(logits > 0, logits / factor, logits * factor)
     logits = jnp.where(repeated, scaled, logits)
-    logits = logits - slots.presence[:, None] * (counts > 0)
-    return logits - slots.frequency[:, None] * counts.astype(jnp.float32)
+    times = counts.astype(jnp.float32)
+    return logits - slots.presence[:, None] * jnp.minimum(times, 1) - slots.frequency[:, None] * times
 
 
 def sample(logits: Float[Array, "R V"], slots: SlotSampling, positions: Int[Array, "R"]) -> Int[Array, "R"]:

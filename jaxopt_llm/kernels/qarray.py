@@ -54,7 +54,7 @@ class QArray:
         """Bytes stored: codes, scales and biases."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
-    def __getitem__(self, index: int | Int[Array, "*n"]) -> Self:
+    def __getitem__(self, index: int | slice | Int[Array, "*n"]) -> Self:
         """Rows (or experts) of the leading dimension."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
@@ -129,7 +129,7 @@ def quantization_format(name: str) -> Format:
 
 
 def round_symmetric(
-    x: Shaped[AnyArray, "... I"], *, bits: int, group: int, scale_dtype: jnp.dtype = jnp.float32
+    x: Shaped[AnyArray, "... I"], *, bits: int, group: int, scale_dtype: Any = jnp.float32
 ) -> tuple[Shaped[AnyArray, "... I"], Shaped[AnyArray, "... G"]]:
     """Rounds to nearest in groups of the last dimension: codes in int8, and `scale = max|x| / (2**(bits-1) - 1)`.
 

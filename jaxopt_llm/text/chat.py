@@ -58,8 +58,8 @@ def _select(templates: Mapping[str, str], tools: bool) -> str:
         return templates["tool_use"]
     if "default" not in templates:
         raise ValueError(
-            f"the tokenizer has no default chat template (only {sorted(templates)}), as is usual for base models; "
-            "pass the prompt as a string, or set tokenizer.chat_templates['default']"
+            f"the tokenizer has no default chat template (it has {sorted(templates)}), as base models have "
+            "none; pass the prompt as a string, or set tokenizer.chat_templates['default']"
         )
     return templates["default"]
 

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
@@ -24,7 +24,7 @@ class TokenizerFiles:
       ValueError: says which file is missing or malformed.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: epath.Path):
         self._path = path
         self._config = self._json("tokenizer_config.json")
         self._map = self._json("special_tokens_map.json")
@@ -65,13 +65,21 @@ class TokenizerFiles:
 
     def chat_templates(self) -> dict[str, str]:
         """By name; files override tokenizer_config.json, as in transformers."""
-        found = self._config.get("chat_template") or {}
-        if isinstance(found, str):
-            found = {"default": found}
-        elif isinstance(found, list):
-            found = {entry["name"]: entry["template"] for entry in found}
-        file = self._path / "chat_template.jinja"
-        return found | ({"default": file.read_text(encoding="utf-8")} if file.exists() else {})
+        match self._config.get("chat_template"):
+            case None:
+                templates = {}
+            case str(text):
+                templates = {"default": text}
+            case [*entries] if all(isinstance(e, dict) and {"name", "template"} <= e.keys() for e in entries):
+                templates = {entry["name"]: entry["template"] for entry in entries}
+            case other:
+                raise ValueError(
+                    f"{self._path}: chat_template in tokenizer_config.json is {type(other).__name__}, not a "
+                    "string or a list of objects with 'name' and 'template'"
+                )
+        files = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
+        found = {name: file for name, file in files.items() if (self._path / file).exists()}
+        return templates | {name: self._text(file) for name, file in found.items()}
 
     def _backend(self) -> Backend:
         if (self._path / "tokenizer.json").exists():
@@ -164,7 +172,7 @@ class TokenizerFiles:
 
 
 def write(
-    path: Path,
+    path: epath.Path,
     backend: Backend,
     *,
     special_tokens: Mapping[str, str],

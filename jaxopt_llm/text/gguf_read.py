@@ -171,9 +171,10 @@ class GGUFVocabulary:
 
     def _numbers(self, name: str) -> list[Any]:
         values, count = self._get(name, ()), len(self._tokens)
-        if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != count:
+        listed = list(values) if isinstance(values, Sequence | np.ndarray) else []
+        if len(listed) != count or not all(isinstance(value, int | float | np.number) for value in listed):
             raise ValueError(f"{PREFIX}{name} must hold one number for each of the {count} tokens")
-        return list(values)
+        return listed
 
 
 def template(bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> processors.TemplateProcessing:

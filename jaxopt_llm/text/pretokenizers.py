@@ -149,7 +149,8 @@ def name_of(tokenizer: Mapping[str, Any]) -> str:
     )
     for name, row in _BY_NAME.items():
         same_splits = tuple(map(_canonical, row.splits)) == tuple(map(_canonical, found.splits))
-        if same_splits and (row.ignore_merges, row.nfc) == (found.ignore_merges, found.nfc):
+        same_rest = (row.ignore_merges, row.nfc) == (found.ignore_merges, found.nfc)
+        if same_splits and same_rest and normalizers in ([], [{"type": "NFC"}]):
             return name
     raise ValueError(
         f"GGUF has no name for this pre-tokenizer ({found}, {normalizers=}), so its readers would get other "

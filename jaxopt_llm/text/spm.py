@@ -11,22 +11,16 @@ from collections.abc import Mapping, Sequence
 def merges_from_scores(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, best score first; equal scores keep the order given.
 
-    A piece with several splits wants care where it overlaps itself: in `[er][e][re]` both pairs make `ere`,
-    and the left one must win. Neighbours x, y, z with xy == yz exist only where x is a period of the piece,
-    so the splits after a period come first.
+    The splits of one piece have neighbouring ranks, where SentencePiece goes by position. It would matter only
+    in a text like `[er][e][re]`, and merging best first does not leave one.
     """
     pieces = sorted((piece for piece in scores if len(piece) > 1), key=lambda piece: -scores[piece])
-    merges = []
-    for piece in pieces:
-        splits = [i for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
-        pairs = [(piece[:i], piece[i:]) for i in splits]
-        merges += sorted(pairs, key=_after_period, reverse=True) if len(pairs) > 1 else pairs
-    return merges
-
-
-def _after_period(pair: tuple[str, str]) -> bool:
-    left, right = pair
-    return (left + right).startswith(right)
+    return [
+        (piece[:i], piece[i:])
+        for piece in pieces
+        for i in range(1, len(piece))
+        if piece[:i] in scores and piece[i:] in scores
+    ]
 
 
 def scores_from_merges(pieces: Sequence[str], merges: Sequence[tuple[str, str]]) -> dict[str, float]:

@@ -3,9 +3,9 @@
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from tokenizers import Tokenizer as Backend
 
 from jaxopt_llm.text import chat, directory, gguf_write
@@ -43,9 +43,9 @@ class Tokenizer:
         self._lock = threading.Lock()
 
     @classmethod
-    def from_directory(cls, path: Path | str) -> "Tokenizer":
+    def from_directory(cls, path: epath.PathLike) -> "Tokenizer":
         """The tokenizer beside a Hugging Face model; `ValueError` says what is missing or malformed."""
-        files = directory.TokenizerFiles(Path(path) if isinstance(path, str) else path)
+        files = directory.TokenizerFiles(epath.Path(path))
         backend = files.backend()
         return cls(
             backend,
@@ -74,10 +74,10 @@ class Tokenizer:
             chat_templates=self.chat_templates,
         )
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: epath.PathLike) -> None:
         """Writes what `from_directory`, and transformers' `AutoTokenizer`, read."""
         directory.write(
-            Path(path) if isinstance(path, str) else path,
+            epath.Path(path),
             self.backend,
             special_tokens=self.special_tokens,
             eos_ids=self.eos_ids,
@@ -185,8 +185,6 @@ class Tokenizer:
 
 
 def _check_unicode(text: str) -> None:
-    if not isinstance(text, str):
-        raise ValueError(f"text must be a string, not {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

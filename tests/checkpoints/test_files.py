@@ -171,7 +171,7 @@ def test_peak_memory_of_a_read(tmp_path, storage, call):
         before = peak()
         result = sum(array.nbytes for array in call(tensor) if array is not None)
         grown = peak() - before
-        assert 0.9 * result < grown < result + 32e6, (result, grown)
+        assert 0.5 * result < grown < result + 32e6, (result, grown)
 
     assert in_child(measure) == 0
 
@@ -312,7 +312,7 @@ def test_kill_leaves_the_old_or_the_new(tmp_path, moment, left):
         elif moment == "between renames":
             files._exchange = lambda one, other: False
             rename = Path.rename
-            Path.rename = lambda self, to: rename(self, to) if to.name.endswith(".old") else die()
+            Path.rename = lambda self, to: rename(self, to) if to.name.endswith(".replaced") else die()
         with atomic_directory(target) as folder:
             (folder / "config.json").write_text("new")
             if moment == "while writing":
@@ -322,7 +322,7 @@ def test_kill_leaves_the_old_or_the_new(tmp_path, moment, left):
     if left:
         assert (target / "config.json").read_text() == left
     else:
-        assert (tmp_path / ".out.old" / "config.json").read_text() == "old"
+        assert (tmp_path / ".out.replaced" / "config.json").read_text() == "old"
     for leftover in tmp_path.glob(".out.*.tmp"):
         os.utime(leftover, (0, 0))
     with pytest.raises(RuntimeError), atomic_directory(target):

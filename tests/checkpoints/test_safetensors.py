@@ -22,7 +22,7 @@ DTYPES = {
 
 def arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    made = {name.lower(): rng.integers(0, 2, (3, 5)).astype(dtype) for name, dtype in DTYPES.items()}
+    made = {name.lower(): rng.integers(1, 3, (3, 5)).astype(dtype) for name, dtype in DTYPES.items()}
     return made | {
         "é 'quoted\" \\": rng.standard_normal(7),
         "scalar": np.full((), 3.5, np.float32),
@@ -92,7 +92,7 @@ def test_a_tensor_that_the_index_leaves_out_is_kept(tmp_path):
     del index["weight_map"]["b"]
     index["weight_map"]["c"] = "model-00002-of-00002.safetensors"
     (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"tensor 'c' is not in model-00002-of-00002.safetensors"):
+    with pytest.raises(CheckpointError, match=r"tensor 'c' is not in 'model-00002-of-00002.safetensors'"):
         open_directory(tmp_path)
     index["weight_map"].pop("c")
     safetensors.numpy.save_file(
@@ -117,15 +117,17 @@ def test_shard_problems_are_listed_together(tmp_path):
     assert error.value.problems == [
         "the index names '../evil.safetensors', which is no safetensors file of this directory",
         "bad.safetensors: no safetensors file: its header does not start with '{'",
-        "shard gone.safetensors is missing",
-        "tensor 'd' is not in good.safetensors, where the index puts it",
+        "shard 'gone.safetensors' is missing",
+        "tensor 'd' is not in 'good.safetensors', where the index puts it",
     ]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": []}', "\xff"])
 def test_bad_index(tmp_path, text):
     (tmp_path / INDEX).write_bytes(text.encode("latin-1"))
-    with pytest.raises(CheckpointError, match=r"index.json: (no weight_map|not valid JSON)"):
+    with pytest.raises(
+        CheckpointError, match=r"index.json: (no weight_map|not valid JSON|the file is empty)"
+    ):
         open_directory(tmp_path)
 
 
@@ -158,6 +160,8 @@ DEEP = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         (b"{", b"", "not valid JSON"),
         (b'{"\xff": 1}', b"", "not valid JSON"),
         (DEEP, b"", "not valid JSON"),
+        (b'{"\\ud800": {}}', b"", "not valid JSON"),
+        (b'{"__metadata__": {"a": "\\ud800"}}', b"", "not valid JSON"),
         (b'{"a": 1' + b"0" * 5000 + b"}", b"", "not valid JSON"),
         (b'{"a": {}, "a": {}}', b"", "key 'a' stands twice"),
         (b'{"a": {"dtype": "F32", "dtype": "F16"}}', b"", "key 'dtype' stands twice"),
@@ -222,8 +226,8 @@ def test_write_refuses(tmp_path):
     one = np.ones(1, np.float32)
     with pytest.raises(ValueError, match="'a' is written twice"):
         write(tmp_path, [("a", (1,), np.float32, one)] * 2)
-    with pytest.raises(ValueError, match=r"complex64.* has no safetensors name; those that have: BOOL"):
+    with pytest.raises(ValueError, match="'a': complex64 has no safetensors name; those that have: BOOL"):
         write(tmp_path, [("a", (1,), np.complex64, one)])
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"tensor 'a' is float32\(1,\), announced as .*float16.*\(1,\)"):
+    with pytest.raises(ValueError, match=r"tensor 'a' is float32\(1,\), announced as float16\(1,\)"):
         write(tmp_path, [("a", (1,), np.float16, one)])

@@ -1,0 +1,102 @@
+"""Talk to a model in the terminal.
+
+Each line is a message; a line that begins with / is a command: /reset forgets the conversation, /exit (or Ctrl-D)
+leaves. Ctrl-C stops an answer. When the conversation outgrows the model's context, its oldest turns are forgotten.
+Reads messages from stdin where that is no terminal.
+"""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+
+from jaxopt_llm.cli.flags import DTYPE, MESH, MODEL, QUANTIZE, SAMPLING
+from jaxopt_llm.cli.loading import load
+from jaxopt_llm.engine import Generator, SamplingParams
+
+with contextlib.suppress(ImportError):  # not on every system
+    import readline  # noqa: F401 - `input` then edits lines and remembers them
+
+_HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+def main(argv: Sequence[str]) -> None:
+    params = SamplingParams(**SAMPLING.value)
+    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
+    conversation = Conversation(Generator(model, tokenizer), params)
+    _say(_HELP)
+    while (line := _read()) is not None:
+        match line.strip():
+            case "":
+                pass
+            case "/exit":
+                break
+            case "/reset":
+                conversation.messages.clear()
+                _say("the conversation is forgotten")
+            case command if command.startswith("/"):
+                _say(f"no command {command}; {_HELP}")
+            case message:
+                conversation.answer(message)
+
+
+class Conversation:
+    """Messages so far, kept short enough for the model's context.
+
+    Raises:
+      ValueError: if the model has no chat template.
+    """
+
+    def __init__(self, generator: Generator, params: SamplingParams):
+        self.messages: list[dict[str, str]] = []
+        self._generator, self._params = generator, params
+        self._context = generator.config.max_seq_len
+        generator.encode([{"role": "user", "content": "Hello"}])  # a model that cannot chat is refused at once
+
+    def answer(self, message: str) -> None:
+        """Prints the answer to a message as it comes; Ctrl-C ends it where it is."""
+        self.messages.append({"role": "user", "content": message})
+        ids = self._fit()
+        if ids is None:
+            self.messages.clear()
+            _say(f"the message leaves no room for an answer in the context of {self._context} tokens; shorten it")
+            return
+        pieces: list[str] = []
+        try:
+            for chunk in self._generator.stream(ids, self._params):
+                pieces.append(chunk.text)
+                print(chunk.text, end="", flush=True)
+                if chunk.result and chunk.result.finish_reason == "length":
+                    print(" ...", end="")
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
+        print(flush=True)
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    def _fit(self) -> list[int] | None:
+        """The conversation's tokens, its oldest turns dropped until an answer has room; None if it never has."""
+        assert self._generator.tokenizer
+        room = min(self._params.max_tokens, self._context // 4)
+        while True:
+            ids = self._generator.tokenizer.encode_chat(self.messages)
+            if len(ids) + room <= self._context:
+                return ids
+            if len(self.messages) == 1:
+                return None
+            del self.messages[:2]  # a message and its answer: templates want the two to alternate
+            _say(f"the conversation outgrew the context of {self._context} tokens: its oldest turn is forgotten")
+
+
+def _read() -> str | None:
+    """The next line; None at the end of input."""
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print()
+
+
+def _say(text: str) -> None:
+    """Speaks as the program, not as the model."""
+    print(f"({text})", file=sys.stderr)

@@ -1,0 +1,73 @@
+"""Continue a prompt or, with --chat, answer it.
+
+The text goes to stdout as it comes, token counts and times to stderr. The times leave out compilation: a short
+first pass compiles the programs that the second, timed one runs.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jaxopt_llm.cli import show
+from jaxopt_llm.cli.flags import CHAT, DTYPE, JSON, LOGPROBS, MESH, MODEL, PROMPT, QUANTIZE, SAMPLING
+from jaxopt_llm.cli.loading import load
+from jaxopt_llm.engine import Generator, Prompt, Result, SamplingParams
+from jaxopt_llm.text import Tokenizer
+
+
+def main(argv: Sequence[str]) -> None:
+    if not PROMPT.value:
+        raise ValueError("--prompt is empty; give at least one character")
+    params = SamplingParams(**SAMPLING.value, logprobs=0 if LOGPROBS.value else None)
+    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
+    prompt: Prompt = [{"role": "user", "content": PROMPT.value}] if CHAT.value else PROMPT.value
+    generator = Generator(model, tokenizer)
+    generator.warm_up(prompt, params)
+    result = stream(generator, prompt, params, quiet=JSON.value)
+    if JSON.value:
+        show.json_line(report(result))
+        return
+    print()
+    if result.logprobs and tokenizer:
+        show.table(("token", "logprob"), _likelihoods(result, tokenizer))
+    print(_times(result), file=sys.stderr)
+
+
+def stream(generator: Generator, prompt: Prompt, params: SamplingParams, *, quiet: bool = False) -> Result:
+    """Prints an answer as it comes."""
+    for chunk in generator.stream(prompt, params):
+        if not quiet:
+            print(chunk.text, end="", flush=True)
+        if chunk.result:
+            return chunk.result
+    raise AssertionError("a stream ends with its result")
+
+
+def report(result: Result) -> dict[str, object]:
+    """What `--json` prints."""
+    values = {
+        "text": result.text,
+        "prompt_tokens": result.prompt_tokens,
+        "output_tokens": len(result.token_ids),
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "ttft_ms": result.ttft_ms,
+        "tpot_ms": result.tpot_ms,
+    }
+    if result.logprobs is not None:
+        values["logprobs"] = [entry.logprob for entry in result.logprobs]
+    return values
+
+
+def _likelihoods(result: Result, tokenizer: Tokenizer) -> list[tuple[str, float]]:
+    return [
+        (repr(tokenizer.decode([entry.token_id], skip_special=False)), entry.logprob)
+        for entry in result.logprobs or ()
+    ]
+
+
+def _times(result: Result) -> str:
+    later = "" if result.tpot_ms is None else f", then {result.tpot_ms:.2f} ms a token"
+    return (
+        f"{result.prompt_tokens} tokens in, {len(result.token_ids)} out ({result.finish_reason}); "
+        f"first after {result.ttft_ms:.1f} ms{later}"
+    )

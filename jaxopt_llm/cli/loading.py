@@ -1,0 +1,26 @@
+"""A model under a progress bar."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from jaxopt_llm import checkpoints
+from jaxopt_llm.cli import show
+from jaxopt_llm.models import Transformer
+from jaxopt_llm.text import Tokenizer
+
+
+def load(source: str, **options: Any) -> tuple[Transformer, Tokenizer | None]:
+    """`checkpoints.load`, its progress on stderr."""
+    advance: Callable[[float], None] | None = None
+    done = 0
+    with contextlib.ExitStack() as stack:
+
+        def progress(placed: int, total: int) -> None:
+            nonlocal advance, done
+            if advance is None:  # the total is known once the headers are read
+                advance = stack.enter_context(show.progress("loading", total, "params"))
+            advance(placed - done)
+            done = placed
+
+        return checkpoints.load(source, progress=progress, **options)

@@ -1,0 +1,60 @@
+"""A long text cut into windows that a model reads one at a time."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Windows of a text, one a row.
+
+    Attributes:
+      tokens: what the model reads; what lies past the end of the text is padding.
+      scored: whether the prediction at this position, of the token after it, counts.
+    """
+
+    tokens: Int[np.ndarray, "W T"]
+    scored: Bool[np.ndarray, "W T"]
+
+    @property
+    def targets(self) -> Int[np.ndarray, "n"]:
+        """The tokens whose predictions count."""
+        return np.roll(self.tokens, -1, axis=1)[self.scored]
+
+
+def cut(
+    ids: Sequence[int] | Int[np.ndarray, "n"],
+    *,
+    window: int,
+    stride: int | None = None,
+    windows: int | None = None,
+) -> Windows:
+    """Windows of `window` tokens, each `stride` (default `window`) after the one before.
+
+    A window predicts all its tokens but the first. Where windows overlap, each token counts once, in the first
+    window that has it, so that later windows count their last `stride` tokens. What remains at the end makes a
+    shorter window. `windows` keeps the first so many.
+
+    Raises:
+      ValueError: for a text of fewer than two tokens, or sizes that cut nothing.
+    """
+    stride = window if stride is None else stride
+    if window < 2:
+        raise ValueError(f"{window=} must be at least 2: a window's first token is not predicted")
+    if not 1 <= stride <= window:
+        raise ValueError(f"{stride=} must be at least 1 and at most {window=}, or tokens would be left out")
+    if windows is not None and windows < 1:
+        raise ValueError(f"{windows=} must be at least 1")
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens; at least 2 are needed to predict one from another")
+    context = max(1, window - stride)  # of a later window, has been counted or cannot be
+    starts = np.array([s for s in range(0, len(ids), stride) if s == 0 or s + context < len(ids)][:windows])
+    within = np.arange(1, window + 1)  # of each target, in its window
+    target = starts[:, None] + within[None, :]
+    counted = np.where(starts == 0, 1, context)
+    scored = (target < len(ids)) & (within < window)[None, :] & (within[None, :] >= counted[:, None])
+    padded = np.pad(np.asarray(ids, np.int32), (0, window))
+    return Windows(tokens=padded[target - 1], scored=scored)

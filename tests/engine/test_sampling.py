@@ -1,0 +1,110 @@
+"""Sampling against the papers' definitions written out in NumPy, and against frequencies."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxopt_llm.engine import SamplingParams
+from jaxopt_llm.engine.sampling import SlotSampling, keep_likely, penalize, sample
+
+LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(1, 40)) * 2, jnp.float32)
+
+
+def kept(**settings):
+    return np.asarray(keep_likely(LOGITS, SlotSampling.stack([SamplingParams(**settings)]))[0] > -math.inf)
+
+
+def probabilities():
+    exponentials = np.exp(np.asarray(LOGITS[0], np.float64))
+    return exponentials / exponentials.sum()
+
+
+@pytest.mark.parametrize("k", [1, 5, 40, 1000])
+def test_top_k(k):
+    assert set(np.flatnonzero(kept(top_k=k))) == set(np.argsort(-LOGITS[0])[:k].tolist())
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.9, 1.0])
+def test_top_p_is_the_smallest_set_that_reaches_p(p):
+    probs, chosen = probabilities(), kept(top_p=p)
+    assert probs[chosen].sum() >= p - 1e-6
+    weakest = np.where(chosen, probs, np.inf).argmin()
+    if chosen.sum() > 1 and p < 1:
+        assert probs[chosen].sum() - probs[weakest] < p
+    assert probs[chosen].min() >= probs[~chosen].max(initial=0)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 1.0])
+def test_min_p(p):
+    probs = probabilities()
+    np.testing.assert_array_equal(kept(min_p=p), probs >= p * probs.max() * (1 - 1e-6))
+
+
+def test_top_p_acts_on_what_top_k_left():
+    probs = np.sort(probabilities())[::-1][:4]
+    count = int(np.searchsorted(np.cumsum(probs / probs.sum()), 0.8) + 1)
+    assert kept(top_k=4, top_p=0.8).sum() == count
+
+
+def test_draws_follow_the_tempered_distribution():
+    draws = 4000
+    slots = SlotSampling.stack([SamplingParams(temperature=0.7, top_k=8, seed=3)])
+    many = jax.jit(jax.vmap(lambda position: sample(LOGITS, slots, position[None])[0]))
+    counts = np.bincount(many(jnp.arange(draws)), minlength=40)
+    tempered = np.exp(np.asarray(LOGITS[0], np.float64) / 0.7)
+    best = np.argsort(-tempered)[:8]
+    assert counts.sum() == counts[best].sum()
+    expected = tempered[best] / tempered[best].sum() * draws
+    assert stats.chisquare(counts[best], expected).pvalue > 1e-3
+
+
+def test_neighbours_change_nothing():
+    """A slot's token depends on its own settings, seed and position alone."""
+    params = [SamplingParams(temperature=t, seed=s, top_p=p) for t, s, p in [(0, 1, 1), (1, 2, 0.9), (2, 2, 1)]]
+    logits, positions = jnp.tile(LOGITS, (3, 1)), jnp.asarray([5, 6, 7])
+    together = sample(logits, SlotSampling.stack(params), positions)
+    for i, one in enumerate(params):
+        alone = sample(LOGITS, SlotSampling.stack([one]), positions[i : i + 1])
+        assert alone[0] == together[i]
+
+
+def test_penalties():
+    settings = SamplingParams(repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.2)
+    logits = jnp.asarray([[2.0, -2.0, 1.0, -1.0, 0.5]])
+    seen = jnp.asarray([[True, True, False, False, False]])
+    counts = jnp.asarray([[0, 0, 2, 1, 0]])
+    out = penalize(logits, seen, counts, SlotSampling.stack([settings]))
+    np.testing.assert_allclose(out[0], [2 / 1.5, -3.0, 1 / 1.5 - 0.3 - 0.4, -1.5 - 0.3 - 0.2, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -3),
+        ("temperature", math.nan),
+        ("temperature", -1.0),
+        ("temperature", math.inf),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("logprobs", -1),
+    ],
+)
+def test_bad_settings_name_the_value(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value}"):
+        SamplingParams(**{field: value})
+
+
+def test_stop_takes_one_string_or_several():
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert dataclasses.replace(SamplingParams(), stop=["a", "b"]).stop == ("a", "b")
+    with pytest.raises(ValueError, match="empty"):
+        SamplingParams(stop="")

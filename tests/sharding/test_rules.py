@@ -1,0 +1,55 @@
+"""From logical axes to mesh axes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxopt_llm.sharding import RULES, AxisRules, MeshSpec, Sharding, psum
+
+
+@pytest.fixture
+def sharding():
+    mesh = MeshSpec(data=2, tensor=4).build()
+    return Sharding(mesh, {"heads": 8, "kv_heads": 2, "mlp": 30, "vocab": 101, "embed": 48, "experts": 5})
+
+
+def test_axes_go_where_the_rules_say(sharding):
+    assert sharding.spec(("heads", "embed")) == P("tensor", None)
+    assert sharding.spec(("embed", "heads")) == P(None, "tensor")
+    assert sharding.spec((None,)) == P(None)
+
+
+def test_too_few_kv_heads_and_odd_vocabularies_stay_whole(sharding):
+    assert sharding.spec(("kv_heads", "embed")) == P(None, None)
+    assert sharding.spec(("vocab", "embed")) == P(None, None)
+
+
+def test_what_does_not_divide_is_refused(sharding):
+    message = r"mlp.up: mesh tensor=4 does not divide mlp=30; tensor may be \[2, 3, 5, 6, 10, 15, 30\]"
+    with pytest.raises(ValueError, match=message):
+        sharding.spec(("mlp", "embed"), "mlp.up")
+
+
+def test_a_mesh_axis_of_one_divides_anything(sharding):
+    assert sharding.spec(("experts", "embed")) == P(None, None)
+
+
+def test_collision_is_refused():
+    rules = AxisRules({**RULES.mesh_axes, "embed": "tensor"})
+    sharding = Sharding(MeshSpec(tensor=4).build(), {"heads": 8, "embed": 48}, rules)
+    with pytest.raises(ValueError, match="one array twice"):
+        sharding.spec(("heads", "embed"), "q")
+
+
+def test_unknown_logical_axis_is_refused(sharding):
+    with pytest.raises(ValueError, match="no rule for logical axis 'color'"):
+        sharding.spec(("color",))
+
+
+def test_psum_sums_inside_a_shard_map_alone():
+    mesh = MeshSpec(tensor=4).build()
+    x = jnp.arange(8.0)
+    assert (psum(x, "tensor") == x).all()
+    summed = jax.shard_map(lambda x: psum(x, "tensor"), mesh=mesh, in_specs=P("tensor"), out_specs=P())(x)
+    assert summed.tolist() == [12.0, 16.0]
