@@ -38,7 +38,7 @@ parity: .venv-parity/.installed
 
 verify: .venv/.installed-dev $(OTHER_PYTHONS:%=test-%)
 	$(bin)/python -m pytest -m verify tests
-	set -e; for name in $(BENCHMARKS); do $(bin)/python benchmarks/$$name.py; done
+	set -e; for name in $(BENCHMARKS); do $(bin)/python -m benchmarks.$$name; done
 
 test-%: .venv-%/.installed
 	.venv-$*/bin/python $(pytest) -m "not parity and not verify" tests

@@ -1,9 +1,9 @@
 """Make language models smaller, faster and bigger than one chip, without leaving JAX.
 
-    import jaxopt_llm as jo
-    model, tokenizer = jo.load("smollm2-135m-instruct")
-    small = jo.quantize(model, "int8")
-    print(jo.generate(small, tokenizer, ["Why is the sky blue?"], max_tokens=64)[0].text)
+import jaxopt_llm as jo
+model, tokenizer = jo.load("smollm2-135m-instruct")
+small = jo.quantize(model, "int8")
+print(jo.generate(small, tokenizer, ["Why is the sky blue?"], max_tokens=64)[0].text)
 """
 
 import importlib

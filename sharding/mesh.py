@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
-MESH_AXES = ("data", "stage", "expert", "sequence", "tensor")  # outermost first: `tensor` gets the fastest links
+MESH_AXES = (
+    "data",
+    "stage",
+    "expert",
+    "sequence",
+    "tensor",
+)  # outermost first: `tensor` gets the fastest links
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

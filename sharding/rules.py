@@ -23,7 +23,9 @@ class AxisRules:
     def mesh_axis(self, logical: str, size: int, mesh: Mesh, what: str) -> str | None:
         """The mesh axis that splits `size` units of a logical axis of the array named `what`."""
         if logical not in self.mesh_axes:
-            raise ValueError(f"{what}: no rule for logical axis {logical!r}; rules are {dict(self.mesh_axes)}")
+            raise ValueError(
+                f"{what}: no rule for logical axis {logical!r}; rules are {dict(self.mesh_axes)}"
+            )
         axis = self.mesh_axes[logical]
         shards = mesh.shape.get(axis, 1) if axis else 1
         if axis is None or shards == 1:
@@ -33,7 +35,9 @@ class AxisRules:
         if logical in self.replicated_if_uneven:
             return None
         divisors = [d for d in range(2, size + 1) if size % d == 0][:8]
-        raise ValueError(f"{what}: mesh {axis}={shards} does not divide {logical}={size}; {axis} may be {divisors}")
+        raise ValueError(
+            f"{what}: mesh {axis}={shards} does not divide {logical}={size}; {axis} may be {divisors}"
+        )
 
 
 RULES = AxisRules(

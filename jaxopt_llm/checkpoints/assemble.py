@@ -65,7 +65,7 @@ def _build(name: str, spec: ParamSpec, empty: Leaf | QArray, read: Read, shardin
     if sharding is None:
         arrays = [jax.device_put(buffer) for buffer in _read_whole(leaves, read)]  # on a CPU without a copy
     else:
-        targets = treedef.flatten_up_to(shardings(spec, empty, sharding, name))
+        targets = jax.tree.leaves(shardings(spec, empty, sharding, name))
         arrays = _read_shards(leaves, read, targets)
     return jax.tree.unflatten(treedef, arrays)
 

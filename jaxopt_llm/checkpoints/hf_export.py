@@ -5,6 +5,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,7 +56,12 @@ def _tensors(model: Transformer) -> list[TensorSpec]:
 
 
 def _values(value: Weight, dtype: jnp.dtype) -> np.ndarray:
-    return np.asarray(value.dequantize(dtype) if isinstance(value, QArray) else value).astype(dtype)
+    return np.asarray(_dequantize(value, dtype) if isinstance(value, QArray) else value).astype(dtype, copy=False)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")  # fused: the result is all that it takes
+def _dequantize(value: QArray, dtype: jnp.dtype) -> jax.Array:
+    return value.dequantize(dtype)
 
 
 def _expert(value: Weight, index: int, dtype: jnp.dtype) -> np.ndarray:

@@ -77,7 +77,8 @@ def unpermuted(located: Located, heads: int) -> Located:
     def native(first: int, last: int) -> NativeBlocks:
         assert located.native
         start, stop, wanted = rows(first, last)
-        return NativeBlocks(*(None if leaf is None else leaf[wanted] for leaf in located.native(start, stop)))
+        data, scale, bias = located.native(start, stop)
+        return NativeBlocks(data[wanted], scale[wanted], None if bias is None else bias[wanted])
 
     return dataclasses.replace(located, read=read, native=native if located.native else None)
 

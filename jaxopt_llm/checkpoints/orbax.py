@@ -1,8 +1,11 @@
 """Our own format: `jaxopt_llm.json`, parameters in Orbax, and the tokenizer's files."""
 
+import contextlib
 import json
 import math
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import orbax.checkpoint as ocp
 from jaxopt_llm.checkpoints.files import CheckpointError, atomic_directory
 from jaxopt_llm.checkpoints.hf import read_json
 from jaxopt_llm.kernels import QArray, Weight
-from jaxopt_llm.models import ModelConfig, Transformer, abstract, from_params, shardings, specs, weights
+from jaxopt_llm.models import ModelConfig, Transformer, abstract, from_params, mismatches, shardings, specs, weights
 from jaxopt_llm.sharding import Sharding
 from jaxopt_llm.text import Tokenizer
 
@@ -40,12 +43,26 @@ def save(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) ->
         "config": model.config.to_json(),
         "weights": {name: _describe(value) for name, value in values.items()},
     }
-    with atomic_directory(target, marker=MARKER) as directory:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(directory / _PARAMS, {name: _leaves(value) for name, value in values.items()})
+    with _quiet(), atomic_directory(target, marker=MARKER) as directory:
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(directory / _PARAMS, {name: _leaves(value) for name, value in values.items()})
+        except Exception as error:  # Orbax raises whatever its storage raises
+            raise OSError(f"{target}: cannot be saved: {_first_line(error)}") from error
         if tokenizer is not None:
             tokenizer.save(directory)
         (directory / MARKER).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax closes its event loop at the first error; each write still under way would print a traceback."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda what: None if str(what.exc_value) == "Event loop is closed" else hook(what)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _describe(value: Weight) -> dict[str, Any]:
@@ -54,7 +71,8 @@ def _describe(value: Weight) -> dict[str, Any]:
     return leaves | ({"bits": value.bits, "act": value.act} if isinstance(value, QArray) else {})
 
 
-def _leaves(value: Weight) -> dict[str, jax.Array]:
+def _leaves(value: Any) -> dict[str, Any]:
+    """The arrays (or shapes) that a weight is made of, as Orbax gets them."""
     if not isinstance(value, QArray):
         return {"value": value}
     leaves = {"data": value.data, "scale": value.scale}
@@ -91,8 +109,11 @@ def load(path: Path, *, dtype: jnp.dtype | None = None, sharding: Sharding | Non
     chosen = dtype or jnp.dtype(description["dtype"])
     wanted, target = specs(abstract(config, chosen)), {}
     empty = _empties(path, description, chosen)
+    problems = mismatches(wanted, {name: value.shape for name, value in empty.items()})
+    if problems:
+        raise CheckpointError(path, problems)
     for name, value in empty.items():
-        if sharding is None or name not in wanted:
+        if sharding is None:
             places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), value)
         else:
             places = shardings(wanted[name], value, sharding, name)
@@ -104,10 +125,7 @@ def load(path: Path, *, dtype: jnp.dtype | None = None, sharding: Sharding | Non
     except Exception as error:  # Orbax raises whatever its storage raises
         raise CheckpointError(path / _PARAMS, f"cannot be restored: {_first_line(error)}") from error
     values = {name: _filled(empty[name], leaves) for name, leaves in restored.items()}
-    try:
-        return from_params(config, values, dtype=chosen)
-    except ValueError as error:
-        raise CheckpointError(path, str(error)) from error
+    return from_params(config, values, dtype=chosen)
 
 
 def _read(path: Path) -> tuple[ModelConfig, dict[str, Any]]:

@@ -38,7 +38,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     stderr (`JAXOPT_TRACEBACK=1` lets it through); 130 interrupted; 141 nobody reads stdout any more.
     Whatever else a command raises is a bug and passes through.
     """
-    logging.set_verbosity(logging.ERROR)  # Orbax narrates its saves
+    logging.set_verbosity(logging.FATAL)  # Orbax narrates its saves, and logs what it also raises
     warnings.formatwarning = lambda message, *_, **__: f"jaxopt-llm: warning: {message}\n"
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxopt_llm.engine.request import Chunk, Prompt, Result, TokenLogprob
 from jaxopt_llm.engine.sampling import SamplingParams, SlotSampling
-from jaxopt_llm.engine.step import PAGE_SIZE, Out, Processor, Program, State, decode, prefill
+from jaxopt_llm.engine.step import PAGE_SIZE, Out, Processor, Program, Skeleton, State, decode, prefill
 from jaxopt_llm.models import Transformer
 from jaxopt_llm.text import Detokenizer, Tokenizer
 
@@ -59,9 +59,9 @@ class Generator:
         self, model: Transformer, tokenizer: Tokenizer | None = None, *, processors: Sequence[Processor] = ()
     ):
         self.config, self.tokenizer = model.config, tokenizer
-        self._graph, state = nnx.split(model)
-        leaves, self._treedef = jax.tree.flatten(state)
-        self._leaves = tuple(leaves)
+        graph, state = nnx.split(model)
+        leaves, treedef = jax.tree.flatten(state)
+        self._leaves, self._skeleton = tuple(leaves), Skeleton(graph, treedef)
         self._processors = tuple(processors)
         for processor in self._processors:
             _check(processor, model.config.vocab_size)
@@ -102,15 +102,7 @@ class Generator:
         Raises:
           ValueError: if it is empty, has an id outside the vocabulary, or needs a tokenizer that is missing.
         """
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
-            if self.tokenizer is None:
-                raise ValueError("text prompts need a tokenizer; without one, give token ids")
-            if isinstance(prompt, str):
-                ids = self.tokenizer.encode(prompt, parse_special=True) if prompt else []
-            else:
-                ids = self.tokenizer.encode_chat(prompt)
-        else:
-            ids = [int(token) for token in prompt]
+        ids = self._ids(prompt)
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         outside = [token for token in ids if not 0 <= token < self.config.vocab_size]
@@ -122,6 +114,16 @@ class Generator:
                 "shorten it so that at least one more fits"
             )
         return ids
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        messages = [item for item in prompt if isinstance(item, Mapping)]
+        if not isinstance(prompt, str) and not messages:
+            return [int(token) for token in prompt]  # type: ignore[arg-type]
+        if self.tokenizer is None:
+            raise ValueError("text prompts need a tokenizer; without one, give token ids")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, parse_special=True) if prompt else []
+        return self.tokenizer.encode_chat(messages)
 
     def _run(self, requests: Sequence["_Active"]) -> Iterator[None]:
         """Runs requests side by side to their ends; yields whenever there may be something new."""
@@ -148,17 +150,14 @@ class Generator:
         while any(request.left for request in requests):
             left = np.zeros(rows, np.int32)
             left[: len(requests)] = [request.left for request in requests]
-            out, state = decode(
-                self._leaves, state, slots, stop_ids, left, program=program, steps=_STEPS
-            )
+            out, state = decode(self._leaves, state, slots, stop_ids, left, program=program, steps=_STEPS)
             self._collect(requests, out)
             yield
 
     def _program(self, tokens: int, settings: Sequence[SamplingParams]) -> Program:
         asked = [p.logprobs for p in settings if p.logprobs is not None]
         return Program(
-            graph=self._graph,
-            treedef=self._treedef,
+            skeleton=self._skeleton,
             pages=-(-tokens // PAGE_SIZE),
             penalties=any(p.penalizes for p in settings),
             logprobs=max(asked) if asked else None,
@@ -192,7 +191,9 @@ class _Active:
         self.stop_ids = frozenset() if params.ignore_eos else frozenset(known)
         if params.stop and owner.tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
-        self._text = Detokenizer(owner.tokenizer, prompt=prompt, stop=params.stop) if owner.tokenizer else None
+        self._text = (
+            Detokenizer(owner.tokenizer, prompt=prompt, stop=params.stop) if owner.tokenizer else None
+        )
         self._pieces: list[str] = []
         self._shown = 0
         self.tokens: list[int] = []
@@ -248,7 +249,7 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts, whether one or several were given."""
     if isinstance(prompts, str):
         return [prompts]
-    items = list(prompts)
+    items: list[Any] = list(prompts)
     alone = bool(items) and all(isinstance(item, Mapping | int | np.integer) for item in items)
     return [items] if alone else items
 
@@ -272,5 +273,3 @@ def _check(processor: Processor, vocab_size: int) -> None:
         raise ValueError(f"logits processor {name} fails: {error}") from error
     if result.shape != logits.shape or result.dtype != logits.dtype:
         raise ValueError(f"logits processor {name} gives {result}; it must give {logits}")
-
-

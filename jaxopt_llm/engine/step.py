@@ -18,27 +18,45 @@ Processor = Callable[[Float[Array, "R V"], Int[Array, "R"], Int[Array, "R"]], Fl
 
 
 @dataclasses.dataclass(frozen=True)
+class Skeleton:
+    """A model without its parameters. Its hash takes milliseconds, so it is computed once.
+
+    Attributes:
+      graph: the modules.
+      treedef: how flat parameters go back into them.
+    """
+
+    graph: nnx.GraphDef
+    treedef: Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.graph, self.treedef)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+    def fill(self, leaves: tuple[Array, ...]) -> Transformer:
+        """The model with these parameters."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, leaves))
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """What a program is compiled for, beside the shapes of its arguments.
 
     Attributes:
-      graph: the model without its parameters.
-      treedef: how the flat parameters go back into it.
+      skeleton: the model without its parameters.
       pages: pages of each slot.
       penalties: keep track of tokens seen.
       logprobs: how many of the best tokens to report, or None.
       processors: functions `(logits [R, V], last tokens [R], positions [R]) -> logits`.
     """
 
-    graph: nnx.GraphDef
-    treedef: Any
+    skeleton: Skeleton
     pages: int
     penalties: bool
     logprobs: int | None
     processors: tuple[Processor, ...]
-
-    def model(self, leaves: tuple[Array, ...]) -> Transformer:
-        return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, leaves))
 
     def page_table(self, rows: int, kinds: int) -> Int[Array, "G R P"]:
         """Each slot has pages of its own, the same for every kind of attention."""
@@ -86,7 +104,7 @@ def prefill(
     program: Program,
 ) -> tuple[Out, State]:
     """Whole prompts in, the first token of each out."""
-    model = program.model(leaves)
+    model = program.skeleton.fill(leaves)
     rows, config = tokens.shape[0], model.config
     cache = init_cache(config, rows * program.pages, PAGE_SIZE, model.dtype)
     batch = Batch.dense(tokens, lengths, program.page_table(rows, len(config.window_kinds)))
@@ -128,7 +146,7 @@ def decode(
     Returns:
       tokens `[steps, R]` (what follows a slot's end means nothing), and the state.
     """
-    model = program.model(leaves)
+    model = program.skeleton.fill(leaves)
     table = program.page_table(left.shape[0], len(model.config.window_kinds))
 
     def step(state: State) -> tuple[Out, State]:

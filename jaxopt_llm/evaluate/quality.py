@@ -16,7 +16,7 @@ from jaxopt_llm.evaluate.windows import Windows, cut
 from jaxopt_llm.models import Batch, Transformer
 from jaxopt_llm.text import Tokenizer
 
-_LOGITS = 2**24  # held at once: 64 MB in float32
+_LOGITS = 2**24  # of each model held at once: 64 MB in float32
 
 Ids = Sequence[int] | Int[np.ndarray, "n"]
 Progress = Callable[[int, int], None]
@@ -32,7 +32,7 @@ class Perplexity:
       bits_per_byte: the negative log-likelihood in bits over the UTF-8 bytes of the tokens, which compares
         models of different vocabularies; None where no tokenizer was given.
       tokens: predictions that counted.
-      window_nll: mean negative log-likelihood of each window, nats a token.
+      window_nll: mean negative log-likelihood of a token in each window, nats.
     """
 
     perplexity: float
@@ -50,12 +50,14 @@ class Comparison:
       kld_mean: mean over tokens of KL(reference || model), nats.
       kld_stderr: its standard error, from how windows differ; None for one window.
       same_top_p: share of positions where both rank the same token first.
+      window_kld: mean of each window, nats.
       perplexity, reference: of the model, of the reference.
     """
 
     kld_mean: float
     kld_stderr: float | None
     same_top_p: float
+    window_kld: tuple[float, ...]
     perplexity: Perplexity
     reference: Perplexity
 
@@ -67,25 +69,28 @@ def perplexity(
     window: int = 1024,
     stride: int | None = None,
     windows: int | None = None,
+    bos: int | None = None,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of token ids, read in windows; nothing such as a BOS is added.
+    """Perplexity of token ids, read in windows.
 
     Args:
       model: any model, quantized, on a mesh or neither.
       ids: of the whole text.
       window: tokens that the model reads at once; the first of each window is not predicted.
       stride: from one window to the next, tokens; below `window` they overlap, and each token counts once, in
-        the first window that has it. None: no overlap.
+        the first window that predicts it. None: no overlap.
       windows: only the first so many.
+      bos: a token that takes the place of each window's first, as in llama.cpp; some models (Gemma) are lost
+        without it. None: the text as it is.
       tokenizer: counts the bytes for `bits_per_byte`.
       progress: called with (windows done, of all).
 
     Raises:
       ValueError: for fewer than two ids, one outside the vocabulary, or sizes that do not fit the context.
     """
-    plan = _plan([model], ids, window=window, stride=stride, windows=windows)
+    plan = _plan([model], ids, window=window, stride=stride, windows=windows, bos=bos)
     scores = _run([model], plan, progress)
     return _perplexity(scores.nll[0], plan, tokenizer)
 
@@ -98,10 +103,11 @@ def compare(
     window: int = 1024,
     stride: int | None = None,
     windows: int | None = None,
+    bos: int | None = None,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """How far `model` lies from `reference` on a text; the arguments are those of `perplexity`.
+    """How far `model` lies from `reference` on a text; the other arguments are those of `perplexity`.
 
     Raises:
       ValueError: as `perplexity`, and for models with different vocabularies.
@@ -109,50 +115,49 @@ def compare(
     ours, theirs = model.config.vocab_size, reference.config.vocab_size
     if ours != theirs:
         raise ValueError(
-            f"the model has a vocabulary of {ours} and the reference one of {theirs}; "
+            f"the model has a vocabulary of {ours} tokens and the reference one of {theirs}; "
             "only models of one vocabulary can be compared token by token"
         )
-    plan = _plan([model, reference], ids, window=window, stride=stride, windows=windows)
+    plan = _plan([model, reference], ids, window=window, stride=stride, windows=windows, bos=bos)
     scores = _run([model, reference], plan, progress)
-    kld, stderr = _mean(scores.kld, plan.scored)
+    kld, stderr = _mean(scores.kld, plan)
     return Comparison(
         kld_mean=kld,
         kld_stderr=stderr,
-        same_top_p=_mean(scores.same_top, plan.scored)[0],
+        same_top_p=_mean(scores.same_top, plan)[0],
+        window_kld=_window_means(scores.kld, plan),
         perplexity=_perplexity(scores.nll[0], plan, tokenizer),
         reference=_perplexity(scores.nll[1], plan, tokenizer),
     )
 
 
 def _plan(models: Sequence[Transformer], ids: Ids, **sizes: Any) -> Windows:
-    config = min((model.config for model in models), key=lambda config: config.max_seq_len)
-    if sizes["window"] > config.max_seq_len:
+    context, vocab = (min(getattr(m.config, name) for m in models) for name in ("max_seq_len", "vocab_size"))
+    if sizes["window"] > context:
         raise ValueError(
-            f"window={sizes['window']} is longer than the model's context of {config.max_seq_len}; "
-            f"try window={config.max_seq_len}"
+            f"window={sizes['window']} is longer than the model's context of {context}; try window={context}"
         )
     plan = cut(ids, **sizes)
-    low, high = int(plan.tokens.min()), int(plan.tokens.max())
-    if low < 0 or high >= config.vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(f"token id {wrong} lies outside the vocabulary of {config.vocab_size}")
+    outside = plan.tokens[(plan.tokens < 0) | (plan.tokens >= vocab)]
+    if outside.size:
+        raise ValueError(f"token id {outside[0]} lies outside the vocabulary of {vocab}")
     return plan
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Scores:
-    """What each position gives; `kld` and `same_top` are None for one model alone."""
+    """What each position's prediction gives; `kld` and `same_top` are None for one model alone."""
 
     nll: tuple[Float[Array, "*T"], ...]
     kld: Float[Array, "*T"] | None
     same_top: Bool[Array, "*T"] | None
 
 
-def _run(models: Sequence[Transformer], plan: Windows, progress: Progress | None) -> _Scores:
-    """Scores `[W, T]` on the host, a window at a time."""
+def _run(models: Sequence[Transformer], plan: Windows, progress: Progress | None) -> Any:
+    """`_Scores` of NumPy arrays `[W, T]`, a window at a time."""
     graphs, params = zip(*(nnx.split(model) for model in models), strict=True)
-    rows = []
+    rows: list[_Scores] = []
     for tokens in plan.tokens:
         rows.append(jax.device_get(_score(graphs, params, tokens)))
         if progress:
@@ -164,59 +169,65 @@ def _run(models: Sequence[Transformer], plan: Windows, progress: Progress | None
 def _score(graphs: tuple[nnx.GraphDef, ...], params: tuple[Any, ...], tokens: Int[Array, "T"]) -> _Scores:
     """Each position's prediction of the token after it, by every model."""
     models = [nnx.merge(*parts) for parts in zip(graphs, params, strict=True)]
-    hidden = tuple(model.forward(Batch.dense(tokens[None]), None)[0] for model in models)
-    targets = jnp.roll(tokens, -1)
+    batch = Batch.dense(tokens[None])
+    hidden = tuple(model.forward(batch, None)[0] for model in models)
 
     def score(part: tuple[tuple[Array, ...], Array]) -> _Scores:
         hidden, targets = part
-        logps = [jax.nn.log_softmax(model.logits(h)) for model, h in zip(models, hidden, strict=True)]
+        logps = [jax.nn.log_softmax(model.logits(x)) for model, x in zip(models, hidden, strict=True)]
         nll = tuple(-jnp.take_along_axis(logp, targets[:, None], axis=1)[:, 0] for logp in logps)
         if len(models) == 1:
             return _Scores(nll=nll, kld=None, same_top=None)
-        logp, reference = logps
-        kld = jnp.sum(jnp.exp(reference) * (reference - logp), axis=-1)
-        return _Scores(nll=nll, kld=kld, same_top=logp.argmax(-1) == reference.argmax(-1))
+        ours, reference = logps
+        kld = jnp.sum(jnp.exp(reference) * (reference - ours), axis=-1)
+        return _Scores(nll=nll, kld=kld, same_top=ours.argmax(-1) == reference.argmax(-1))
 
-    return _in_chunks(score, (hidden, targets), max(1, _LOGITS // models[0].config.vocab_size))
+    rows = max(1, _LOGITS // models[0].config.vocab_size)
+    return _in_chunks(score, (hidden, jnp.roll(tokens, -1)), rows)
 
 
-def _in_chunks(function: Callable[[Any], Any], arrays: Any, size: int) -> Any:
-    """`function` over `size` rows at a time, so that no intermediate is larger than they need."""
-    rows = jax.tree.leaves(arrays)[0].shape[0]
-    size = min(size, rows)
-    chunks = -(-rows // size)
-    pad = lambda x: jnp.pad(x, ((0, chunks * size - rows), *[(0, 0)] * (x.ndim - 1)))
-    split = lambda x: pad(x).reshape(chunks, size, *x.shape[1:])
-    join = lambda x: x.reshape(chunks * size, *x.shape[2:])[:rows]
+def _in_chunks(function: Callable[[Any], Any], arrays: Any, rows: int) -> Any:
+    """A function of rows, over `rows` of them at a time: no `[T, V]` ever exists."""
+    length = jax.tree.leaves(arrays)[0].shape[0]
+    rows = min(rows, length)
+    chunks = -(-length // rows)
+    pad = lambda x: jnp.pad(x, [(0, chunks * rows - length), *[(0, 0)] * (x.ndim - 1)])
+    split = lambda x: pad(x).reshape(chunks, rows, *x.shape[1:])
+    join = lambda x: x.reshape(chunks * rows, *x.shape[2:])[:length]
     return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, arrays)))
 
 
 def _perplexity(nll: np.ndarray, plan: Windows, tokenizer: Tokenizer | None) -> Perplexity:
-    mean, stderr = _mean(nll, plan.scored)
-    value = math.exp(mean)
+    mean, stderr = _mean(nll, plan)
+    tokens = int(plan.scored.sum())
     bits = None
     if tokenizer is not None:
         size = len(tokenizer.to_bytes(plan.targets, skip_special=False))
-        bits = mean * plan.scored.sum() / math.log(2) / size
+        bits = mean * tokens / math.log(2) / size
     return Perplexity(
-        perplexity=value,
-        stderr=None if stderr is None else value * stderr,  # to first order
+        perplexity=math.exp(mean),
+        stderr=None if stderr is None else math.exp(mean) * stderr,  # to first order
         bits_per_byte=bits,
-        tokens=int(plan.scored.sum()),
-        window_nll=tuple(float(row[counts].mean(dtype=np.float64)) for row, counts in zip(nll, plan.scored)),
+        tokens=tokens,
+        window_nll=_window_means(nll, plan),
     )
 
 
-def _mean(values: np.ndarray, scored: np.ndarray) -> tuple[float, float | None]:
-    """The mean over scored positions, and its standard error from the spread between windows.
+def _window_means(values: np.ndarray, plan: Windows) -> tuple[float, ...]:
+    sums = np.where(plan.scored, values, 0).sum(1, dtype=np.float64)
+    return tuple(map(float, sums / plan.scored.sum(1)))
 
-    Neighbouring tokens are not independent draws, windows nearly are: the error is that of a ratio of sums over
-    clusters (Cochran, Sampling Techniques, 1977, section 9A.1), a mean over windows of unequal lengths.
+
+def _mean(values: np.ndarray, plan: Windows) -> tuple[float, float | None]:
+    """The mean over the positions that count, and its standard error from the spread between windows.
+
+    Tokens of one window are no independent draws, windows nearly are, of unequal lengths: the error is that of
+    a ratio estimated over clusters (Cochran, Sampling Techniques, 3rd edition, section 9A).
     """
-    counts = scored.sum(1)
-    sums = np.where(scored, values, 0).sum(1, dtype=np.float64)
-    mean, n = sums.sum() / counts.sum(), len(counts)
+    counts = plan.scored.sum(1)
+    means = np.array(_window_means(values, plan))
+    mean, n = float(np.average(means, weights=counts)), len(counts)
     if n == 1:
-        return float(mean), None
-    spread = np.square(sums - mean * counts).sum() * n / (n - 1)
-    return float(mean), float(math.sqrt(spread) / counts.sum())
+        return mean, None
+    spread = np.square((means - mean) * counts).sum() * n / (n - 1)
+    return mean, float(math.sqrt(spread) / counts.sum())

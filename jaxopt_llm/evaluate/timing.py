@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+from collections.abc import Callable
 
 from jaxopt_llm.engine import Generator, SamplingParams
 from jaxopt_llm.models import Transformer
@@ -24,34 +25,54 @@ class Speed:
 
 
 def speed(
-    model: Transformer, *, prompt_tokens: int = 128, decode_tokens: int = 32, repeats: int = 3
+    model: Transformer,
+    *,
+    prompt_tokens: int = 128,
+    decode_tokens: int = 32,
+    repeats: int = 3,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Speed:
-    """Times greedy generation through the engine, after one run to compile and warm up.
+    """Times greedy generation through the engine, once it is compiled and warm.
 
     Args:
       model: any model.
       prompt_tokens: length of the prompt; its ids are arbitrary.
       decode_tokens: tokens generated after the first, which counts as prefill.
       repeats: timed runs.
+      progress: called with (runs done, of all), the warm-up included.
 
     Raises:
       ValueError: for numbers below 1, or more tokens than the model's context.
     """
-    for name, value in (("prompt_tokens", prompt_tokens), ("decode_tokens", decode_tokens), ("repeats", repeats)):
+    sizes = {"prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens, "repeats": repeats}
+    for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    total, context = prompt_tokens + decode_tokens + 1, model.config.max_seq_len
+    total, context = prompt_tokens + 1 + decode_tokens, model.config.max_seq_len
     if total > context:
         raise ValueError(
-            f"{prompt_tokens=} and {decode_tokens=} make {total} tokens, and the context is {context}; take fewer"
+            f"{prompt_tokens=} and {decode_tokens=} make {total} with the token between, more than the model's "
+            f"context of {context}; take fewer"
         )
     generator = Generator(model)
     prompt = [i % model.config.vocab_size for i in range(prompt_tokens)]
-    params = SamplingParams(max_tokens=decode_tokens + 1, ignore_eos=True)
-    results = [generator.generate([prompt], params)[0] for _ in range(1 + repeats)][1:]
+    params = SamplingParams(max_tokens=1 + decode_tokens, ignore_eos=True)
+    prefill, decode = [], []
+    for run in range(1 + repeats):
+        if progress:
+            progress(run, 1 + repeats)
+        if run == 0:
+            generator.warm_up(prompt, params)
+            continue
+        (result,) = generator.generate([prompt], params)
+        assert result.tpot_ms is not None  # two tokens at least
+        prefill.append(prompt_tokens * 1e3 / result.ttft_ms)
+        decode.append(1e3 / result.tpot_ms)
+    if progress:
+        progress(1 + repeats, 1 + repeats)
     return Speed(
-        prefill_tokens_per_s=prompt_tokens * 1e3 / statistics.median(r.ttft_ms for r in results),
-        decode_tokens_per_s=1e3 / statistics.median(r.tpot_ms for r in results if r.tpot_ms is not None),
+        prefill_tokens_per_s=statistics.median(prefill),
+        decode_tokens_per_s=statistics.median(decode),
         prompt_tokens=prompt_tokens,
         decode_tokens=decode_tokens,
     )

@@ -12,7 +12,7 @@ class Windows:
     """Windows of a text, one a row.
 
     Attributes:
-      tokens: what the model reads; what lies past the end of the text is padding.
+      tokens: what the model reads; past the end of the text stands padding.
       scored: whether the prediction at this position, of the token after it, counts.
     """
 
@@ -31,12 +31,13 @@ def cut(
     window: int,
     stride: int | None = None,
     windows: int | None = None,
+    bos: int | None = None,
 ) -> Windows:
-    """Windows of `window` tokens, each `stride` (default `window`) after the one before.
+    """Windows of `window` tokens, each `stride` (None: `window`) after the one before.
 
     A window predicts all its tokens but the first. Where windows overlap, each token counts once, in the first
-    window that has it, so that later windows count their last `stride` tokens. What remains at the end makes a
-    shorter window. `windows` keeps the first so many.
+    window that predicts it, so that later windows count their last `stride` tokens. What remains at the end
+    makes a shorter window. `windows` keeps the first so many; `bos` takes the place of each window's first token.
 
     Raises:
       ValueError: for a text of fewer than two tokens, or sizes that cut nothing.
@@ -50,11 +51,13 @@ def cut(
         raise ValueError(f"{windows=} must be at least 1")
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; at least 2 are needed to predict one from another")
-    context = max(1, window - stride)  # of a later window, has been counted or cannot be
+    context = max(1, window - stride)  # tokens of a later window that do not count
     starts = np.array([s for s in range(0, len(ids), stride) if s == 0 or s + context < len(ids)][:windows])
-    within = np.arange(1, window + 1)  # of each target, in its window
-    target = starts[:, None] + within[None, :]
-    counted = np.where(starts == 0, 1, context)
-    scored = (target < len(ids)) & (within < window)[None, :] & (within[None, :] >= counted[:, None])
-    padded = np.pad(np.asarray(ids, np.int32), (0, window))
-    return Windows(tokens=padded[target - 1], scored=scored)
+    within = np.arange(1, window + 1)  # where in its window the token after each position stands
+    place = starts[:, None] + within[None, :]
+    first = np.where(starts == 0, 1, context)
+    scored = (place < len(ids)) & (within < window)[None, :] & (within[None, :] >= first[:, None])
+    tokens = np.pad(np.asarray(ids, np.int32), (0, window))[place - 1]
+    if bos is not None:
+        tokens[:, 0] = bos
+    return Windows(tokens=tokens, scored=scored)

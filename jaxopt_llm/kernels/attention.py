@@ -130,7 +130,9 @@ def _paged(q: Array, cache: Pages, rows: Rows, spec: AttentionSpec, sinks: Array
     return jax.lax.map(lambda args: one(*args), inputs, batch_size=step)
 
 
-def _dense(q: Array, k: Array, v: Array, shape: tuple[int, int], spec: AttentionSpec, sinks: Array | None) -> Array:
+def _dense(
+    q: Array, k: Array, v: Array, shape: tuple[int, int], spec: AttentionSpec, sinks: Array | None
+) -> Array:
     batch, length = shape
     q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
     if length <= _BLOCK:

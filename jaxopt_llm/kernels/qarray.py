@@ -1,7 +1,7 @@
 """Quantized arrays: what they hold, rounding to nearest, and back."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 _PACK = {8: 1, 4: 2}  # codes in a byte
-AnyArray = jax.Array | np.ndarray
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +100,9 @@ class Format:
                 f"{what} has {features} input features, which groups of {self.group} do not divide; use int8"
             )
 
-    def round(self, w: Shaped[AnyArray, "... I"]) -> tuple[Shaped[AnyArray, "... I"], Shaped[AnyArray, "... G"]]:
+    def round(
+        self, w: Shaped[AnyArray, "... I"]
+    ) -> tuple[Shaped[AnyArray, "... I"], Shaped[AnyArray, "... G"]]:
         """Codes and scales of float weights."""
         group = self.group or w.shape[-1]
         return round_symmetric(w, bits=self.bits, group=group, scale_dtype=jnp.dtype(self.scale_dtype))
@@ -141,7 +143,7 @@ def round_symmetric(
     """
     if x.shape[-1] % group:
         raise ValueError(f"{group=} must divide the {x.shape[-1]} input features")
-    xp = jnp if isinstance(x, jax.Array) else np
+    xp: Any = jnp if isinstance(x, jax.Array) else np
     limit = 2 ** (bits - 1) - 1
     groups = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // group, group)
     scale = (xp.abs(groups).max(-1) / np.float32(limit)).astype(scale_dtype)

@@ -28,7 +28,7 @@ class Captured(nnx.Module):
         seen: dict[str, Array] = {}
         for name, (keep, functions) in self._taps().items():
             owner, _, part = name.rpartition(".")
-            see = functools.partial(_see, name, functions, seen if keep else {}, tokens.shape)
+            see = functools.partial(_see, name, functions, seen if keep else {}, (tokens.shape[0], tokens.shape[1]))
             _wrap(_part(model, owner), part, see)
         return model(tokens), seen
 
@@ -47,9 +47,7 @@ class Captured(nnx.Module):
         return taps
 
 
-def capture(
-    model: Transformer, *patterns: str, replace: Mapping[str, Replace] | None = None
-) -> Captured:
+def capture(model: Transformer, *patterns: str, replace: Mapping[str, Replace] | None = None) -> Captured:
     """A model that also returns what its parts give, and lets functions change it.
 
     Args:
@@ -99,7 +97,9 @@ def _see(
     for function in functions:
         x = function(x)
     if x.shape[:2] != shape or x.size != flat.size:
-        raise ValueError(f"the replacement of {name} gave shape {x.shape}; it must keep {(*shape, *flat.shape[1:])}")
+        raise ValueError(
+            f"the replacement of {name} gave shape {x.shape}; it must keep {(*shape, *flat.shape[1:])}"
+        )
     seen[name] = x
     return x.reshape(flat.shape)
 
@@ -108,7 +108,7 @@ def _wrap(owner: Any, part: str, see: Replace) -> None:
     """Exchanges a part for one of a class of its own, whose call passes its output through `see`."""
     inner = _part(owner, part)
 
-    class Tapped(type(inner)):
+    class Tapped(type(inner)):  # type: ignore[misc]
         def __call__(self, *args: Any) -> Any:
             out = super().__call__(*args)
             return (see(out[0]), *out[1:]) if isinstance(out, tuple) else see(out)

@@ -135,7 +135,9 @@ class ModelConfig:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
-        per_layer = {"windows": self.windows} | ({"experts.layers": self.experts.layers} if self.experts else {})
+        per_layer = {"windows": self.windows} | (
+            {"experts.layers": self.experts.layers} if self.experts else {}
+        )
         for name, values in per_layer.items():
             if len(values) != self.num_layers:
                 raise ValueError(f"{name} has {len(values)} entries for num_layers={self.num_layers}")
@@ -189,7 +191,9 @@ class ModelConfig:
         Raises:
           TypeError: for a field that is missing or unknown.
         """
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         for name in ("rope", "rope_local"):
             fields[name] = Rope(**fields[name]) if fields.get(name) else None
         if fields.get("experts"):

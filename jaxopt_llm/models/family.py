@@ -44,14 +44,18 @@ class HFConfig:
         if value is not None:
             return value
         if default is _REQUIRED:
-            raise ValueError(f"config.json has no {key!r}, which {self.values.get('model_type')!r} models need")
+            raise ValueError(
+                f"config.json has no {key!r}, which {self.values.get('model_type')!r} models need"
+            )
         return default
 
     def expect(self, key: str, *allowed: Any) -> None:
         """Reads `key`, of which only these values (and absence) are supported."""
         value = self.take(key, None)
         if value is not None and value not in allowed:
-            raise ValueError(f"config.json has {key}={value!r}; only {' or '.join(map(repr, allowed))} is supported")
+            raise ValueError(
+                f"config.json has {key}={value!r}; only {' or '.join(map(repr, allowed))} is supported"
+            )
 
     def finish(self) -> None:
         """Raises ValueError if a key was not read: a setting ignored in silence would change the results."""
@@ -107,7 +111,9 @@ class HFConfig:
         if types is not None:
             unknown = set(types) - {"sliding_attention", "full_attention"}
             if unknown:
-                raise ValueError(f"config.json has layer_types {sorted(unknown)}; only sliding and full attention")
+                raise ValueError(
+                    f"config.json has layer_types {sorted(unknown)}; only sliding and full attention"
+                )
             slides = [kind == "sliding_attention" for kind in types]
         else:
             slides = [window is not None and sliding(i) for i in range(layers)]
@@ -236,7 +242,9 @@ def decoder_names(**extra: str | Source) -> dict[str, Source]:
     }
     for letter in "qkvo":
         for leaf in ("weight", "bias"):
-            names[f"layers.{{i}}.attention.{letter}.{leaf}"] = f"model.layers.{{i}}.self_attn.{letter}_proj.{leaf}"
+            names[f"layers.{{i}}.attention.{letter}.{leaf}"] = (
+                f"model.layers.{{i}}.self_attn.{letter}_proj.{leaf}"
+            )
     for part in ("gate", "up", "down"):
         for leaf in ("weight", "bias"):
             names[f"layers.{{i}}.mlp.{part}.{leaf}"] = f"model.layers.{{i}}.mlp.{part}_proj.{leaf}"

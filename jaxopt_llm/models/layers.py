@@ -92,7 +92,9 @@ class Norm(nnx.Module):
 
 def flat_params(module: nnx.Module) -> dict[str, Any]:
     """Every parameter variable under its dotted name, such as `layers.0.attention.q.weight`."""
-    return {".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    return {
+        ".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    }
 
 
 def weights(module: nnx.Module) -> dict[str, Weight]:

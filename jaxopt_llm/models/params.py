@@ -131,7 +131,8 @@ def place(model: Transformer, sharding: Sharding) -> Transformer:
     """A copy of the model with every parameter on the mesh."""
     wanted, values = specs(model), {name: p.get_value() for name, p in flat_params(model).items()}
     placed = {
-        name: jax.device_put(value, shardings(wanted[name], value, sharding, name)) for name, value in values.items()
+        name: jax.device_put(value, shardings(wanted[name], value, sharding, name))
+        for name, value in values.items()
     }
     return with_weights(model, placed)
 

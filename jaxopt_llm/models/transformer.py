@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxopt_llm.models.config import ModelConfig
 from jaxopt_llm.models.layers import Embedding, Linear, Norm, parameter
 from jaxopt_llm.models.rope import rotate, rotation
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -39,6 +41,8 @@ class Attention(nnx.Module):
             "width": ((q_width, "heads"), (kv_width, "kv_heads")),
         }
         norms = [norm(width, axes=(axis,)) for width, axis in widths.get(config.qk_norm or "", ())]
+        self.q_norm: Norm | None
+        self.k_norm: Norm | None
         self.q_norm, self.k_norm = norms or (None, None)
         sinks = config.attention_sinks
         self.sinks = parameter(rngs, (config.num_heads,), ("heads",), dtype) if sinks else None
@@ -174,6 +178,10 @@ class Transformer(nnx.Module):
         hidden, _ = self.forward(Batch.dense(jnp.asarray(tokens)), None)
         return self.logits(hidden).reshape(*tokens.shape, -1)
 
+    @overload
+    def forward(self, batch: Batch, cache: None) -> tuple[Float[Array, "T D"], None]: ...
+    @overload
+    def forward(self, batch: Batch, cache: Cache) -> tuple[Float[Array, "T D"], Cache]: ...
     def forward(self, batch: Batch, cache: Cache | None) -> tuple[Float[Array, "T D"], Cache | None]:
         """Hidden states after the final norm, and the cache with this batch's keys and values in it."""
         x = self.embed(batch.tokens, self.dtype)

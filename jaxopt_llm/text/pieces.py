@@ -14,14 +14,15 @@ from tokenizers import Tokenizer as Backend
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte (openai/gpt-2, encoder.py)."""
+def _byte_level_alphabet() -> dict[int, int]:
+    """The byte that each of GPT-2's printable characters stands for (openai/gpt-2, encoder.py)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {byte: byte for byte in printable} | {256 + i: byte for i, byte in enumerate(others)}
 
 
-_ALPHABET = _byte_level_alphabet()
+_NO_BYTE = 0xFFFF
+_ALPHABET = dict.fromkeys(range(256), _NO_BYTE) | _byte_level_alphabet()
 
 
 class Spelling:
@@ -45,23 +46,22 @@ class Spelling:
             _strips_space(step) for step in steps
         )  # encoding adds a space, decoding drops it
 
-    def of(self, token: str, *, added: bool) -> bytes:
-        """The bytes `token` stands for; an `added` token stands for itself."""
-        if self.byte_level:
-            if added or not all(character in _ALPHABET for character in token):
-                return token.encode()
-            return bytes(_ALPHABET[character] for character in token)
-        if self.byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
-            return bytes([int(match[1], 16)])
-        return token.replace("▁", " ").encode()
-
     def table(self, backend: Backend) -> list[bytes]:
         """The bytes of every token by id; an id without a token has none."""
-        added = backend.get_added_tokens_decoder()
         ids = backend.get_vocab(with_added_tokens=True)
         table = [b""] * (max(ids.values(), default=-1) + 1)
         for token, index in ids.items():
-            table[index] = self.of(token, added=index in added)
+            if not self.byte_level:
+                byte = _BYTE_TOKEN.fullmatch(token) if self.byte_tokens else None
+                table[index] = bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+                continue
+            try:
+                table[index] = token.translate(_ALPHABET).encode("latin-1")
+            except UnicodeEncodeError:  # a character that stands for no byte
+                table[index] = token.encode()
+        for index, added in backend.get_added_tokens_decoder().items():
+            if self.byte_level or added.special:  # they stand for themselves
+                table[index] = added.content.encode()
         return table
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 def merges_from_scores(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, best score first; equal scores keep the order given.
 
-    The splits of one piece have neighbouring ranks, where SentencePiece goes by position. It would matter only
-    in a text like `[er][e][re]`, and merging best first does not leave one.
+    The splits of one piece have neighbouring ranks, where SentencePiece goes by position. It would matter
+    only in a text like `[er][e][re]`, and merging best first does not leave one.
     """
     pieces = sorted((piece for piece in scores if len(piece) > 1), key=lambda piece: -scores[piece])
     return [

@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Iterable, Sequence
+from typing import SupportsInt
 
 from jaxopt_llm.text.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ class Detokenizer:
         self,
         tokenizer: Tokenizer,
         *,
-        prompt: Sequence[int] = (),
+        prompt: Iterable[SupportsInt] = (),
         stop: Sequence[str] = (),
         skip_special: bool = True,
     ):
@@ -40,7 +41,7 @@ class Detokenizer:
         """The stop string that was met."""
         return self._stop.matched
 
-    def add(self, ids: Iterable[int]) -> str:
+    def add(self, ids: Iterable[SupportsInt]) -> str:
         """The text that `ids` settle."""
         data = self._tokenizer.to_bytes(ids, skip_special=self._skip_special)
         if self._strip_space and data:

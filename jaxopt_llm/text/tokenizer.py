@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, SupportsInt
 
 from etils import epath
 from tokenizers import Tokenizer as Backend
@@ -153,27 +153,30 @@ class Tokenizer:
             **(self.special_tokens | variables),
         )
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsInt], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         data = self.to_bytes(ids, skip_special=skip_special)
         if self.space_prefix:
             data = data.removeprefix(b" ")
         return data.decode("utf-8", errors="replace")
 
-    def to_bytes(self, ids: Iterable[int], *, skip_special: bool = True) -> bytes:
-        """The bytes of `ids`, joined; `stream.Detokenizer` makes text of them as they come."""
-        skipped = self.special_ids if skip_special else frozenset()
-        return b"".join(self.token_bytes(index) for index in map(int, ids) if index not in skipped)
+    def to_bytes(self, ids: Iterable[SupportsInt], *, skip_special: bool = True) -> bytes:
+        """The bytes of `ids`, joined; `stream.Detokenizer` makes text of them as they come.
 
-    def token_bytes(self, index: int) -> bytes:
-        """What one token stands for; nothing for ids without a token, such as padding rows of the embedding.
+        Ids without a token, such as padding rows of an embedding, have none.
 
         Raises:
-          ValueError: if the id is negative.
+          ValueError: if an id is negative.
         """
-        if index < 0:
-            raise ValueError(f"token ids are not negative, but one is {index}")
-        return self._bytes[index] if index < len(self._bytes) else b""
+        listed = [int(index) for index in ids]
+        if listed and min(listed) < 0:
+            raise ValueError(f"token ids are not negative, but one is {min(listed)}")
+        table, skipped = self._bytes, self.special_ids if skip_special else frozenset()
+        return b"".join(table[index] for index in listed if index < len(table) and index not in skipped)
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes of one token, special or not."""
+        return self.to_bytes([index], skip_special=False)
 
     @cached_property
     def _bytes(self) -> list[bytes]:

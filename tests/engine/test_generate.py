@@ -28,7 +28,9 @@ def greedy(generator, prompts, **settings):
 def test_greedy_text_is_the_models_own(generator):
     """As llama2.c's documentation prints it."""
     (result,) = greedy(generator, [[1]], max_tokens=60)
-    assert result.text.startswith("Once upon a time, there was a little girl named Lily. She loved to play outside")
+    assert result.text.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside"
+    )
     assert result.prompt_tokens == 1
     assert len(result.token_ids) == 60
     assert result.finish_reason == "length"

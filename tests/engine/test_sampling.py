@@ -65,7 +65,9 @@ def test_draws_follow_the_tempered_distribution():
 
 def test_neighbours_change_nothing():
     """A slot's token depends on its own settings, seed and position alone."""
-    params = [SamplingParams(temperature=t, seed=s, top_p=p) for t, s, p in [(0, 1, 1), (1, 2, 0.9), (2, 2, 1)]]
+    params = [
+        SamplingParams(temperature=t, seed=s, top_p=p) for t, s, p in [(0, 1, 1), (1, 2, 0.9), (2, 2, 1)]
+    ]
     logits, positions = jnp.tile(LOGITS, (3, 1)), jnp.asarray([5, 6, 7])
     together = sample(logits, SlotSampling.stack(params), positions)
     for i, one in enumerate(params):

@@ -40,7 +40,10 @@ def reference(q, k, v, spec, sinks=None, query_positions=None):
 
 def random_qkv(tokens, heads=6, kv_heads=3, width=10, seed=0):
     keys = jax.random.split(jax.random.key(seed), 3)
-    return [jax.random.normal(k, (tokens, n, width)) for k, n in zip(keys, (heads, kv_heads, kv_heads), strict=True)]
+    return [
+        jax.random.normal(k, (tokens, n, width))
+        for k, n in zip(keys, (heads, kv_heads, kv_heads), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -69,7 +72,10 @@ def test_pages_hold_what_a_dense_batch_sees(spec):
         rows = [(slot, p) for slot, n in enumerate(lengths) for p in range(first, min(first + 9, n))]
         padding = 27 - len(rows)
         q, k, v = (
-            np.stack([np.asarray(sequences[slot][i])[p] for slot, p in rows] + [np.full((heads, 10), 9.0)] * padding)
+            np.stack(
+                [np.asarray(sequences[slot][i])[p] for slot, p in rows]
+                + [np.full((heads, 10), 9.0)] * padding
+            )
             for i, heads in enumerate([6, 3, 3])
         )
         batch = ragged([s for s, _ in rows] + [3] * padding, [p for _, p in rows] + [5] * padding, table)

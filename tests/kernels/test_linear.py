@@ -63,7 +63,9 @@ def test_gradient_reaches_activations_straight_through():
     x, dy = jax.random.normal(jax.random.key(1), (5, 64)), jax.random.normal(jax.random.key(2), (5, 24))
     _, pull = jax.vjp(linear, x, w)
     dx, dw = pull(dy)
-    np.testing.assert_allclose(dx, np.asarray(dy, np.float64) @ np.asarray(w.dequantize(), np.float64), atol=1e-5)
+    np.testing.assert_allclose(
+        dx, np.asarray(dy, np.float64) @ np.asarray(w.dequantize(), np.float64), atol=1e-5
+    )
     assert dw.data.dtype == jax.dtypes.float0
     assert not dw.scale.any()
 

@@ -41,7 +41,9 @@ def test_weighted_sum_and_gradient():
     keys = jax.random.split(jax.random.key(0), 4)
     x, w = jax.random.normal(keys[0], (tokens, 8)), jax.random.normal(keys[1], (experts, 8, 8))
     shares = jax.nn.softmax(jax.random.normal(keys[2], (tokens, chosen)))
-    which = jax.vmap(lambda key: jax.random.permutation(key, experts)[:chosen])(jax.random.split(keys[3], tokens))
+    which = jax.vmap(lambda key: jax.random.permutation(key, experts)[:chosen])(
+        jax.random.split(keys[3], tokens)
+    )
 
     def ours(w):
         return moe(x, shares, which, lambda rows, _, sizes: grouped_linear(rows, w, sizes), experts)

@@ -1,21 +1,27 @@
 """GGUF metadata to tokenizers: against llama.cpp's ids, and against what a file may hold by mistake."""
 
+import hashlib
 import random
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.tokenizer_agreement import digest
 from jaxopt_llm.checkpoints import gguf
 from jaxopt_llm.checkpoints.resolve import ALIASES, _cache
 from jaxopt_llm.text import Tokenizer
 
-# Of the ids of wikitext.txt; `benchmarks/tokenizer_agreement.py` recorded them where llama.cpp gave the same ids.
+# Of wikitext.txt's ids, from `benchmarks/tokenizer_agreement.py`, which found them equal to llama.cpp's.
 DIGESTS = {
     "smollm2": "63f1cc78c9b347eacf1698647aac18db545246c36cb28f29318ef427592f2fca",
     "stories": "3c656df059a4d1b6a5110edea345abc0d32e81fd7b5b7e85adf161b899dcdbe4",
     "gemma3": "2ff29115415d79e763e49becd171925e140d9a577978514819d86b2f2bb5c91e",
 }
+
+
+def digest(ids: Sequence[int]) -> str:
+    return hashlib.sha256(np.asarray(ids, "<u4").tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", ["smollm2", "stories"])

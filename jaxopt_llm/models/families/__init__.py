@@ -36,7 +36,9 @@ def family(name: str) -> Family:
 def parse_config(values: Mapping[str, Any]) -> ModelConfig:
     """A `ModelConfig` from the contents of a `config.json`, multimodal wrappers around a text model included."""
     if values.get("model_type") == "gemma3" and "text_config" in values:
-        outer = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in values}
+        outer = {
+            key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in values
+        }
         values = gemma3.TEXT_DEFAULTS | values["text_config"] | outer
     return family(str(values.get("model_type"))).parse(values)
 

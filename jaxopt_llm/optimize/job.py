@@ -1,0 +1,147 @@
+"""The main job: run a recipe, measure the model before and after, save it."""
+
+import dataclasses
+import functools
+import importlib.resources
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxopt_llm import checkpoints, evaluate
+from jaxopt_llm.engine import Prompt, generate
+from jaxopt_llm.evaluate import Speed
+from jaxopt_llm.models import Transformer, num_bytes, num_params
+from jaxopt_llm.optimize.recipe import Measure, Recipe
+from jaxopt_llm.text import Tokenizer
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a model is and does.
+
+    Attributes:
+      parameters: numbers that it holds.
+      file_bytes: of its file, or of the files in its directory; None where there is none.
+      bytes: of its parameters in memory, scales included.
+      perplexity: on the text.
+      kld_mean: mean KL divergence of its predictions from the original's, nats a token.
+      same_top_p: share of positions where it ranks the same token first as the original.
+      prefill_tokens_per_s, decode_tokens_per_s: of one sequence alone.
+    """
+
+    parameters: int
+    file_bytes: int | None
+    bytes: int
+    perplexity: float
+    kld_mean: float
+    same_top_p: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The optimised model, what the original and it are, and what it answers to the recipe's question."""
+
+    model: Transformer
+    before: Report
+    after: Report
+    sample: str
+
+
+def optimize(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    recipe: Recipe,
+    *,
+    text: str | None = None,
+    source: Path | None = None,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Runs a recipe on a model, measures what that cost, and saves the result in our own format.
+
+    Args:
+      model: the original, which stays as it is.
+      tokenizer: of the text and of the sample answer.
+      recipe: steps, and how to measure.
+      text: to measure on; None for the one that ships with the package (`sample_text`).
+      source: the file or directory that the model came from, for the report.
+      out: directory to save to; None saves nothing.
+      progress: called with (stage, parts of it done, of all).
+
+    Raises:
+      ValueError: for a model without a tokenizer, a text of fewer than two tokens, sizes beyond the context.
+      OSError: if `out` is something else than a checkpoint of ours, or the disk is full.
+    """
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer, and text can be neither scored nor generated without one")
+    measure = recipe.measure
+    stage = lambda name: functools.partial(progress or _ignore, name)
+    ids = tokenizer.encode(sample_text() if text is None else text, add_special=False)
+    small = _compress(model, recipe, stage("compressing"))
+    quality = evaluate.compare(
+        small, model, ids, window=measure.window, windows=measure.windows, progress=stage("comparing on text")
+    )
+    speeds = [_speed(m, measure, stage(f"timing the {name}")) for m, name in ((model, "original"), (small, "result"))]
+    stage("answering")(0, 1)
+    sample = _answer(small, tokenizer, measure)
+    stage("answering")(1, 1)
+    if out is not None:
+        checkpoints.save(small, tokenizer, out)
+    before = _report(model, source, quality.reference.perplexity, 0.0, 1.0, speeds[0])
+    after = _report(small, out, quality.perplexity.perplexity, quality.kld_mean, quality.same_top_p, speeds[1])
+    return Outcome(model=small, before=before, after=after, sample=sample)
+
+
+def sample_text() -> str:
+    """The text that ships with the package: 48 kB of the training split of WikiText-2, three articles."""
+    return (importlib.resources.files("jaxopt_llm") / "data" / "wikitext.txt").read_text("utf-8")
+
+
+def _ignore(stage: str, done: int, total: int) -> None: ...
+
+
+def _compress(model: Transformer, recipe: Recipe, progress: Callable[[int, int], None]) -> Transformer:
+    for done, step in enumerate(recipe.steps):
+        progress(done, len(recipe.steps))
+        model = step(model)
+    progress(len(recipe.steps), len(recipe.steps))
+    return model
+
+
+def _speed(model: Transformer, measure: Measure, progress: Callable[[int, int], None]) -> Speed:
+    return evaluate.speed(
+        model, prompt_tokens=measure.prompt_tokens, decode_tokens=measure.decode_tokens, progress=progress
+    )
+
+
+def _answer(model: Transformer, tokenizer: Tokenizer, measure: Measure) -> str:
+    """To the question as a chat model is asked, or as other models continue it."""
+    question = measure.question
+    prompt: Prompt = [{"role": "user", "content": question}] if tokenizer.chat_templates else question
+    return generate(model, tokenizer, [prompt], max_tokens=measure.answer_tokens)[0].text
+
+
+def _report(
+    model: Transformer, path: Path | None, perplexity: float, kld_mean: float, same_top_p: float, speed: Speed
+) -> Report:
+    return Report(
+        parameters=num_params(model),
+        file_bytes=None if path is None else _file_bytes(path),
+        bytes=num_bytes(model),
+        perplexity=perplexity,
+        kld_mean=kld_mean,
+        same_top_p=same_top_p,
+        prefill_tokens_per_s=speed.prefill_tokens_per_s,
+        decode_tokens_per_s=speed.decode_tokens_per_s,
+    )
+
+
+def _file_bytes(path: Path) -> int:
+    """Of a Hugging Face directory the safetensors alone: it may hold the same weights in other forms too."""
+    if not path.is_dir():
+        return path.stat().st_size
+    files = list(path.glob("*.safetensors")) or path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())

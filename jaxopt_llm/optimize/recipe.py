@@ -1,0 +1,65 @@
+"""`Recipe`: the steps that make a model smaller, and how the result is measured."""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+from jaxopt_llm.kernels import quantization_format
+from jaxopt_llm.models import Transformer
+from jaxopt_llm.quantize import quantize
+
+
+@runtime_checkable
+class Step(Protocol):
+    """One change to a whole model: a frozen dataclass of its settings."""
+
+    def __call__(self, model: Transformer) -> Transformer: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Rounds every matrix to nearest: see `jaxopt_llm.quantize`."""
+
+    format: str = "int8"
+
+    def __post_init__(self):
+        quantization_format(self.format)
+
+    def __call__(self, model: Transformer) -> Transformer:
+        return quantize(model, self.format)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How a model is measured before and after.
+
+    Attributes:
+      window: tokens of text read at once.
+      windows: how many of them, without overlap.
+      prompt_tokens, decode_tokens: of the timed generation.
+      question: whose answer is shown.
+      answer_tokens: longest answer.
+    """
+
+    window: int = 512
+    windows: int = 4
+    prompt_tokens: int = 128
+    decode_tokens: int = 32
+    question: str = "Why is the sky blue?"
+    answer_tokens: int = 48
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What `optimize` does.
+
+    Attributes:
+      steps: one after another.
+      measure: before the first and after the last.
+    """
+
+    steps: tuple[Step, ...]
+    measure: Measure = Measure()
+
+    def __post_init__(self):
+        if not self.steps:
+            raise ValueError("a recipe needs at least one step, such as Quantize()")

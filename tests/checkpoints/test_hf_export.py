@@ -1,0 +1,92 @@
+"""Hugging Face directories that we write: read back they are the same model. transformers: `tests/parity/`."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+import jaxopt_llm as jo
+from jaxopt_llm import checkpoints
+from jaxopt_llm.kernels import QArray
+from jaxopt_llm.models import Transformer, weights
+from jaxopt_llm.models.families import parse_config
+from tests import families
+
+
+@pytest.mark.parametrize("name", families.TINY)
+def test_every_family_comes_back(tmp_path, name):
+    """The same config and the same bits in every parameter: the same function, so the same logits."""
+    families.write(name, tmp_path / "in")
+    model, _ = jo.load(tmp_path / "in")
+    checkpoints.export_hf(model, None, tmp_path / "out")
+    again, _ = jo.load(tmp_path / "out")
+    assert again.config == model.config
+    values, expected = weights(again), weights(model)
+    assert values.keys() == expected.keys()
+    for parameter, value in expected.items():
+        np.testing.assert_array_equal(values[parameter], value, err_msg=parameter)
+
+
+@pytest.mark.parametrize("name", sorted({"gemma3", "gpt_oss_mxfp4"} ^ families.TINY.keys()))
+def test_tensors_are_those_that_came(tmp_path, name):
+    """Names, shapes and values of the original files; those two are written as text model and as floats."""
+    families.write(name, tmp_path / "in")
+    checkpoints.export_hf(jo.load(tmp_path / "in")[0], None, tmp_path / "out")
+    written, original = load_file(tmp_path / "out" / "model.safetensors"), families.weights(name)
+    assert written.keys() == original.keys()
+    for tensor, value in original.items():
+        np.testing.assert_array_equal(written[tensor], value, err_msg=tensor)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Transformer(parse_config(families.QWEN3_MOE), rngs=nnx.Rngs(0))
+
+
+def test_quantized_weights_become_the_floats_they_stand_for(model, tmp_path):
+    small = jo.quantize(model, "int8")
+    checkpoints.export_hf(small, None, tmp_path / "out")
+    values = weights(jo.load(tmp_path / "out")[0])
+    for name, value in weights(small).items():
+        expected = value.dequantize() if isinstance(value, QArray) else value
+        np.testing.assert_allclose(values[name], expected, rtol=1e-7, err_msg=name)
+
+
+def test_dtype_is_the_models(model, tmp_path):
+    checkpoints.export_hf(model, None, tmp_path / "float32")
+    half, _ = jo.load(tmp_path / "float32", dtype="bfloat16")
+    checkpoints.export_hf(half, None, tmp_path / "bfloat16")
+    tensors = load_file(tmp_path / "bfloat16" / "model.safetensors")
+    assert {array.dtype for array in tensors.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_sharded_model_is_written_whole(model, tmp_path):
+    checkpoints.export_hf(model, None, tmp_path / "one")
+    placed, _ = jo.load(tmp_path / "one", mesh="expert=2,tensor=2")
+    checkpoints.export_hf(placed, None, tmp_path / "other")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_the_tokenizer_comes_along(tmp_path, data_dir):
+    model, tokenizer = jo.load(data_dir / "stories260K.gguf")
+    checkpoints.export_hf(model, tokenizer, tmp_path / "out")
+    again, reread = jo.load(tmp_path / "out")
+    assert again.config == model.config
+    text = "Once upon a time, Zoë's <s> 🦊"
+    assert reread.encode(text) == tokenizer.encode(text)
+    assert reread.eos_ids == tokenizer.eos_ids
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_only_checkpoints_are_replaced(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("...")
+    with pytest.raises(FileExistsError, match="no checkpoint"):
+        checkpoints.export_hf(model, None, tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.txt"]
