@@ -51,9 +51,9 @@ def config(name: str, **changes: object) -> ModelConfig:
 
 
 @functools.cache
-def model(name: str, wide: bool = False) -> Transformer:
+def model(name: str, **changes: object) -> Transformer:
     """Random weights, at a scale that lets every tensor matter."""
-    shape = config(name, **(WIDE if wide else {}))
+    shape = config(name, **changes)
     rng = np.random.default_rng(0)
     return from_params(
         shape, {part: _draw(rng, part, spec.shape, shape) for part, spec in specs(abstract(shape)).items()}

@@ -1,6 +1,6 @@
 """Every matrix to int8_block, x.
 
-    jaxopt-llm optimize --config=int8_block --out=out/smollm2-int8_block
+jaxopt-llm optimize --config=int8_block --out=out/smollm2-int8_block
 """
 
 from jaxopt_llm.optimize import Quantize, Recipe

@@ -33,6 +33,7 @@ _FOLIO = 2 << 20  # bytes; with a page that is touched Linux maps the folio it l
 _MOST_PROBLEMS = 50  # listed in one message
 _LONGEST_PROBLEM = 2000  # characters: a hostile name may have millions
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_ATTEMPTS = 20  # to remove a directory
 _YOUNG = 1.0  # seconds; a temporary this new may not be locked yet by the process that makes it
 
 
@@ -409,7 +410,10 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    for _ in range(_ATTEMPTS):
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        if path.exists():  # a thread of Orbax still writes into it
+            time.sleep(0.1)

@@ -70,9 +70,9 @@ class _Header:
         return self._positive(key, value, default, below=2**31)
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A positive number, in as few digits as float32 needs: 1e-05, not 9.999999747378752e-06."""
+        """A positive number."""
         value = self._positive(key, self.take(key, (int, float), default), default, below=3e38)
-        return value if value is default else float(str(np.float32(value)))
+        return value if value is default else _shortest(value)
 
     def _positive(self, key: str, value: Any, default: Any, *, below: float) -> Any:
         if value is default or (value == 0 and default is not _REQUIRED):
@@ -181,8 +181,13 @@ def _rope_scaling(header: _Header, context: int) -> dict[str, Any] | None:
     }
     times = header.number("rope.scaling.attn_factor", None)
     if times is not None:
-        scaling["attention_factor"] = times * (1 + 0.1 * math.log(max(factor, 1)))
+        scaling["attention_factor"] = _shortest(times * (1 + 0.1 * math.log(max(factor, 1))))
     return scaling
+
+
+def _shortest(value: float) -> float:
+    """In as few digits as float32 needs: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
 
 
 def _llama3(factors: np.ndarray, theta: float, head_dim: int, original: int) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from jaxopt_llm.checkpoints.gguf_config import (
 from jaxopt_llm.checkpoints.gguf_model import interleaved_heads, tensor_name
 from jaxopt_llm.checkpoints.located import half_split_order
 from jaxopt_llm.kernels import QArray, Weight
-from jaxopt_llm.models import ModelConfig, Rope, Transformer, quantizable, weights
+from jaxopt_llm.models import ModelConfig, Rope, Transformer, abstract, quantizable, specs, weights
 from jaxopt_llm.models.rope import amplitude, frequencies
 from jaxopt_llm.text import Tokenizer
 
@@ -46,25 +46,33 @@ def export(model: Transformer, tokenizer: Tokenizer | None, path: str | Path, *,
     if dtype not in _FILE_TYPES:
         raise ValueError(f"{dtype=} is unknown; known are {', '.join(_FILE_TYPES)}")
     config, path = model.config, Path(path)
-    if config.family not in ARCHITECTURES:
-        raise ValueError(
-            f"llama.cpp knows no family {config.family!r}; those that it does: {', '.join(ARCHITECTURES)}"
-        )
-    tensors = [_tensor(name, weight, config, dtype) for name, weight in weights(model).items()]
-    rope_factors = _llama3_factors(config)
-    if rope_factors is not None:
-        tensors.append((ROPE_FACTORS, rope_factors.shape, "F32", rope_factors))
-    metadata = {
-        "general.architecture": ARCHITECTURES[config.family],
+    keys = metadata(config)
+    keys |= {
         "general.type": "model",
         "general.name": path.stem,
         "general.file_type": _FILE_TYPES[dtype],
         "general.quantization_version": 2,
     }
-    metadata |= _architecture_keys(config) | _vocabulary(tokenizer, config)
-    shapes = {name: shape for name, shape, _, _ in tensors}
-    _refuse_if_lost(config, to_config(metadata, shapes, rope_factors))
-    gguf.write(path, metadata, tensors)
+    tensors = [_tensor(name, weight, config, dtype) for name, weight in weights(model).items()]
+    factors = _llama3_factors(config)
+    if factors is not None:
+        tensors.append((ROPE_FACTORS, factors.shape, "F32", factors))
+    gguf.write(path, keys | _vocabulary(tokenizer, config), tensors)
+
+
+def metadata(config: ModelConfig) -> dict[str, Any]:
+    """The keys that say what a model is.
+
+    Raises:
+      ValueError: if they, and llama.cpp's fixed choices, cannot say all that decides its forward.
+    """
+    if config.family not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"GGUF export knows no family {config.family!r}; known are {known}")
+    keys = {"general.architecture": ARCHITECTURES[config.family]} | _architecture_keys(config)
+    shapes = {tensor_name(name, config): spec.shape for name, spec in specs(abstract(config)).items()}
+    _refuse_if_lost(config, to_config(keys, shapes, _llama3_factors(config)))
+    return keys
 
 
 def _architecture_keys(config: ModelConfig) -> dict[str, Any]:
@@ -136,9 +144,8 @@ def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, A
         roles |= dict(zip(("eos", "eot", "eom"), config.eos_ids, strict=False))
         ids = {f"{TOKENIZER}{role}_token_id": index for role, index in roles.items() if index is not None}
         return {f"{TOKENIZER}model": "no_vocab"} | ids
-    metadata = tokenizer.to_gguf()
-    tokens = metadata[f"{TOKENIZER}tokens"]
-    count, rows = len(tokens), config.vocab_size
+    keys = tokenizer.to_gguf()
+    count, rows = len(keys[f"{TOKENIZER}tokens"]), config.vocab_size
     if count > rows:
         raise ValueError(
             f"the tokenizer has {count} tokens but the embedding only {rows} rows; GGUF cannot hold that"
@@ -148,7 +155,7 @@ def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, A
         f"{TOKENIZER}token_type": [_UNUSED] * (rows - count),
         f"{TOKENIZER}scores": [-1000.0] * (rows - count),
     }
-    return metadata | {key: metadata[key] + filler for key, filler in fillers.items() if key in metadata}
+    return keys | {key: keys[key] + filler for key, filler in fillers.items() if key in keys}
 
 
 def _tensor(parameter: str, weight: Weight, config: ModelConfig, dtype: str) -> TensorSpec:

@@ -1,6 +1,16 @@
 """Floor 5: how good a model is, with the error of the figure, and how fast."""
 
 from jaxopt_llm.evaluate.quality import Comparison, Perplexity, compare, perplexity
-from jaxopt_llm.evaluate.timing import Speed, speed
+from jaxopt_llm.evaluate.timing import Speed, check_lengths, speed
+from jaxopt_llm.evaluate.windows import check_sizes
 
-__all__ = ["Comparison", "Perplexity", "Speed", "compare", "perplexity", "speed"]
+__all__ = [
+    "Comparison",
+    "Perplexity",
+    "Speed",
+    "check_lengths",
+    "check_sizes",
+    "compare",
+    "perplexity",
+    "speed",
+]

@@ -15,20 +15,17 @@ class Speed:
     Attributes:
       prefill_tokens_per_s: prompt tokens over the time to the first token.
       decode_tokens_per_s: later tokens over the time they took.
-      prompt_tokens, decode_tokens: how many of each were timed.
     """
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
-    prompt_tokens: int
-    decode_tokens: int
 
 
 def speed(
     model: Transformer,
     *,
-    prompt_tokens: int = 128,
-    decode_tokens: int = 32,
+    prompt_tokens: int = 96,
+    output_tokens: int = 32,
     repeats: int = 3,
     progress: Callable[[int, int], None] | None = None,
 ) -> Speed:
@@ -37,42 +34,41 @@ def speed(
     Args:
       model: any model.
       prompt_tokens: length of the prompt; its ids are arbitrary.
-      decode_tokens: tokens generated after the first, which counts as prefill.
+      output_tokens: tokens generated, of which the first counts as prefill.
       repeats: timed runs.
       progress: called with (runs done, of all), the warm-up included.
 
     Raises:
-      ValueError: for numbers below 1, or more tokens than the model's context.
+      ValueError: for numbers too small, or more tokens than the model's context.
     """
-    sizes = {"prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens, "repeats": repeats}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    total, context = prompt_tokens + 1 + decode_tokens, model.config.max_seq_len
-    if total > context:
+    check_lengths(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    if repeats < 1:
+        raise ValueError(f"{repeats=} must be at least 1")
+    context = model.config.max_seq_len
+    if prompt_tokens + output_tokens > context:
         raise ValueError(
-            f"{prompt_tokens=} and {decode_tokens=} make {total} with the token between, more than the model's "
-            f"context of {context}; take fewer"
+            f"{prompt_tokens=} and {output_tokens=} are more than the model's context of {context}; take fewer"
         )
+    report = progress or (lambda done, total: None)
     generator = Generator(model)
     prompt = [i % model.config.vocab_size for i in range(prompt_tokens)]
-    params = SamplingParams(max_tokens=1 + decode_tokens, ignore_eos=True)
-    prefill, decode = [], []
-    for run in range(1 + repeats):
-        if progress:
-            progress(run, 1 + repeats)
-        if run == 0:
-            generator.warm_up(prompt, params)
-            continue
-        (result,) = generator.generate([prompt], params)
-        assert result.tpot_ms is not None  # two tokens at least
-        prefill.append(prompt_tokens * 1e3 / result.ttft_ms)
-        decode.append(1e3 / result.tpot_ms)
-    if progress:
-        progress(1 + repeats, 1 + repeats)
+    params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+    report(0, 1 + repeats)
+    generator.warm_up(prompt, params)
+    results = []
+    for run in range(repeats):
+        report(1 + run, 1 + repeats)
+        results += generator.generate([prompt], params)
+    report(1 + repeats, 1 + repeats)
     return Speed(
-        prefill_tokens_per_s=statistics.median(prefill),
-        decode_tokens_per_s=statistics.median(decode),
-        prompt_tokens=prompt_tokens,
-        decode_tokens=decode_tokens,
+        prefill_tokens_per_s=statistics.median(prompt_tokens * 1e3 / r.ttft_ms for r in results),
+        decode_tokens_per_s=statistics.median(1e3 / r.tpot_ms for r in results if r.tpot_ms is not None),
     )
+
+
+def check_lengths(*, prompt_tokens: int, output_tokens: int) -> None:
+    """Raises ValueError for lengths that leave nothing to time: see `speed`."""
+    if prompt_tokens < 1:
+        raise ValueError(f"{prompt_tokens=} must be at least 1")
+    if output_tokens < 2:
+        raise ValueError(f"{output_tokens=} must be at least 2: the first counts as prefill")

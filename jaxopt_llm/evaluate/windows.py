@@ -25,6 +25,16 @@ class Windows:
         return np.roll(self.tokens, -1, axis=1)[self.scored]
 
 
+def check_sizes(*, window: int, stride: int | None = None, windows: int | None = None) -> None:
+    """Raises ValueError for sizes that no text can be cut into: see `cut`."""
+    if window < 2:
+        raise ValueError(f"{window=} must be at least 2: a window's first token is not predicted")
+    if stride is not None and not 1 <= stride <= window:
+        raise ValueError(f"{stride=} must be at least 1 and at most {window=}, or tokens would be left out")
+    if windows is not None and windows < 1:
+        raise ValueError(f"{windows=} must be at least 1")
+
+
 def cut(
     ids: Sequence[int] | Int[np.ndarray, "n"],
     *,
@@ -42,13 +52,8 @@ def cut(
     Raises:
       ValueError: for a text of fewer than two tokens, or sizes that cut nothing.
     """
+    check_sizes(window=window, stride=stride, windows=windows)
     stride = window if stride is None else stride
-    if window < 2:
-        raise ValueError(f"{window=} must be at least 2: a window's first token is not predicted")
-    if not 1 <= stride <= window:
-        raise ValueError(f"{stride=} must be at least 1 and at most {window=}, or tokens would be left out")
-    if windows is not None and windows < 1:
-        raise ValueError(f"{windows=} must be at least 1")
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; at least 2 are needed to predict one from another")
     context = max(1, window - stride)  # tokens of a later window that do not count

@@ -13,6 +13,7 @@ from jaxopt_llm.models import Transformer, num_bytes, num_params
 from jaxopt_llm.optimize.recipe import Measure, Recipe
 from jaxopt_llm.text import Tokenizer
 
+Part = Callable[[int, int], None]
 Progress = Callable[[str, int, int], None]
 
 
@@ -76,7 +77,9 @@ def optimize(
       OSError: if `out` is something else than a checkpoint of ours, or the disk is full.
     """
     if tokenizer is None:
-        raise ValueError("the model has no tokenizer, and text can be neither scored nor generated without one")
+        raise ValueError(
+            "the model has no tokenizer, and text can be neither scored nor generated without one"
+        )
     measure = recipe.measure
     stage = lambda name: functools.partial(progress or _ignore, name)
     ids = tokenizer.encode(sample_text() if text is None else text, add_special=False)
@@ -84,14 +87,15 @@ def optimize(
     quality = evaluate.compare(
         small, model, ids, window=measure.window, windows=measure.windows, progress=stage("comparing on text")
     )
-    speeds = [_speed(m, measure, stage(f"timing the {name}")) for m, name in ((model, "original"), (small, "result"))]
-    stage("answering")(0, 1)
-    sample = _answer(small, tokenizer, measure)
-    stage("answering")(1, 1)
-    if out is not None:
+    old, new = (
+        _speed(model, measure, stage("timing the original")),
+        _speed(small, measure, stage("timing the result")),
+    )
+    sample = _answer(small, tokenizer, measure, stage("answering"))
+    before = _report(model, source, quality.reference.perplexity, 0.0, 1.0, old)
+    if out is not None:  # which may be where the original was
         checkpoints.save(small, tokenizer, out)
-    before = _report(model, source, quality.reference.perplexity, 0.0, 1.0, speeds[0])
-    after = _report(small, out, quality.perplexity.perplexity, quality.kld_mean, quality.same_top_p, speeds[1])
+    after = _report(small, out, quality.perplexity.perplexity, quality.kld_mean, quality.same_top_p, new)
     return Outcome(model=small, before=before, after=after, sample=sample)
 
 
@@ -103,7 +107,7 @@ def sample_text() -> str:
 def _ignore(stage: str, done: int, total: int) -> None: ...
 
 
-def _compress(model: Transformer, recipe: Recipe, progress: Callable[[int, int], None]) -> Transformer:
+def _compress(model: Transformer, recipe: Recipe, progress: Part) -> Transformer:
     for done, step in enumerate(recipe.steps):
         progress(done, len(recipe.steps))
         model = step(model)
@@ -111,17 +115,20 @@ def _compress(model: Transformer, recipe: Recipe, progress: Callable[[int, int],
     return model
 
 
-def _speed(model: Transformer, measure: Measure, progress: Callable[[int, int], None]) -> Speed:
+def _speed(model: Transformer, measure: Measure, progress: Part) -> Speed:
     return evaluate.speed(
-        model, prompt_tokens=measure.prompt_tokens, decode_tokens=measure.decode_tokens, progress=progress
+        model, prompt_tokens=measure.prompt_tokens, output_tokens=measure.output_tokens, progress=progress
     )
 
 
-def _answer(model: Transformer, tokenizer: Tokenizer, measure: Measure) -> str:
+def _answer(model: Transformer, tokenizer: Tokenizer, measure: Measure, progress: Part) -> str:
     """To the question as a chat model is asked, or as other models continue it."""
+    progress(0, 1)
     question = measure.question
     prompt: Prompt = [{"role": "user", "content": question}] if tokenizer.chat_templates else question
-    return generate(model, tokenizer, [prompt], max_tokens=measure.answer_tokens)[0].text
+    (result,) = generate(model, tokenizer, [prompt], max_tokens=measure.answer_tokens)
+    progress(1, 1)
+    return result.text
 
 
 def _report(
@@ -139,9 +146,11 @@ def _report(
     )
 
 
-def _file_bytes(path: Path) -> int:
+def _file_bytes(path: Path) -> int | None:
     """Of a Hugging Face directory the safetensors alone: it may hold the same weights in other forms too."""
-    if not path.is_dir():
+    if not isinstance(path, Path):  # remote
+        return None
+    if path.is_file():
         return path.stat().st_size
     files = list(path.glob("*.safetensors")) or path.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())

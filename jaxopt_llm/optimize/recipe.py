@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Protocol, runtime_checkable
 
+from jaxopt_llm.evaluate import check_lengths, check_sizes
 from jaxopt_llm.kernels import quantization_format
 from jaxopt_llm.models import Transformer
 from jaxopt_llm.quantize import quantize
@@ -35,17 +36,25 @@ class Measure:
     Attributes:
       window: tokens of text read at once.
       windows: how many of them, without overlap.
-      prompt_tokens, decode_tokens: of the timed generation.
+      prompt_tokens, output_tokens: of the timed generation.
       question: whose answer is shown.
       answer_tokens: longest answer.
     """
 
     window: int = 512
     windows: int = 4
-    prompt_tokens: int = 128
-    decode_tokens: int = 32
+    prompt_tokens: int = 96
+    output_tokens: int = 32
     question: str = "Why is the sky blue?"
-    answer_tokens: int = 48
+    answer_tokens: int = 64
+
+    def __post_init__(self):
+        check_sizes(window=self.window, windows=self.windows)
+        check_lengths(prompt_tokens=self.prompt_tokens, output_tokens=self.output_tokens)
+        if not self.question:
+            raise ValueError("question is empty; give at least one character")
+        if self.answer_tokens < 1:
+            raise ValueError(f"answer_tokens={self.answer_tokens} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

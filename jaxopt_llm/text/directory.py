@@ -32,19 +32,17 @@ class TokenizerFiles:
     def backend(self) -> Backend:
         """The tokenizer itself, with the tokens that only tokenizer_config.json knows."""
         backend = self._backend()
-        for index, token in self._added_tokens():
-            if backend.token_to_id(token.content) is None or index not in backend.get_added_tokens_decoder():
-                backend.add_tokens([token])
+        added, known = self._added_tokens(), backend.get_added_tokens_decoder()
+        backend.add_tokens([token for index, token in added if index not in known])
+        for index, token in added:
             if backend.token_to_id(token.content) != index:
                 raise ValueError(
                     f"{self._path}: {token.content!r} is {index} in tokenizer_config.json, but "
                     f"{backend.token_to_id(token.content)} in the vocabulary"
                 )
-        known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        named = dict.fromkeys(self._named().values())
-        backend.add_special_tokens(
-            [AddedToken(t, special=True, normalized=False) for t in named if t not in known]
-        )
+        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        missing = [token for token in dict.fromkeys(self._named().values()) if token not in special]
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
         self._set_post_processor(backend)
         return backend
 
@@ -89,9 +87,8 @@ class TokenizerFiles:
                 raise ValueError(f"{self._path / 'tokenizer.json'} is malformed: {error}") from error
         if (self._path / "vocab.json").exists() and (self._path / "merges.txt").exists():
             return self._byte_level_bpe()
-        found = (
-            sorted(file.name for file in self._path.iterdir()) if self._path.is_dir() else "no such directory"
-        )
+        files = self._path.iterdir() if self._path.is_dir() else None
+        found = "no such directory" if files is None else sorted(file.name for file in files)
         raise ValueError(
             f"{self._path} has no tokenizer.json (found: {found}); from a tokenizer.model, make one with "
             "transformers: AutoTokenizer.from_pretrained(path).save_pretrained(path)"
@@ -104,7 +101,7 @@ class TokenizerFiles:
                 f"{self._path} has vocab.json and merges.txt, but no tokenizer.json, which is needed for "
                 f"tokenizer_class={kind!r} (all but {sorted(_PRE_TOKENIZERS)})"
             )
-        lines = self._text("merges.txt").splitlines()
+        lines = self._text("merges.txt").split("\n")
         pairs = (line.split(" ") for line in lines if line and not line.startswith("#version"))
         pre = pretokenizers.by_name(_PRE_TOKENIZERS[kind])
         try:

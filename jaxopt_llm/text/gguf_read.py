@@ -110,11 +110,8 @@ class GGUFVocabulary:
         merged = (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
         rows = zip(self._tokens, self._numbers("scores"), self._types, strict=True)
         merges = spm.merges_from_scores({token: score for token, score, type_ in rows if type_ in merged})
-        unknown = self._id("unknown", default=0)
-        assert unknown is not None
-        backend = Backend(
-            self._bpe(merges, byte_fallback=True, fuse_unk=True, unk_token=self._tokens[unknown])
-        )
+        unknown = self._tokens[self._id("unknown", default=0) or 0]
+        backend = Backend(self._bpe(merges, byte_fallback=True, fuse_unk=True, unk_token=unknown))
         escape = normalizers.Replace(" ", "▁")
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         if self._get("add_space_prefix", True):

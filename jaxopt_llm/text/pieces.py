@@ -42,9 +42,8 @@ class Spelling:
             raise ValueError(
                 f"the tokenizer's decoder is {sorted(kinds)}, neither byte-level BPE's nor SentencePiece's"
             )
-        self.space_prefix = any(
-            _strips_space(step) for step in steps
-        )  # encoding adds a space, decoding drops it
+        # What decoding drops, encoding has put before the text.
+        self.space_prefix = any(_strips_space(step) for step in steps)
 
     def table(self, backend: Backend) -> list[bytes]:
         """The bytes of every token by id; an id without a token has none."""

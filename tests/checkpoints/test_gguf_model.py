@@ -35,8 +35,7 @@ def llama(tmp_path):
 
 def test_a_file_by_others_tells_its_story(data_dir):
     """llama2.c's own greedy text; the q and k rows of the file are interleaved."""
-    model, _tokenizer = jo.load(data_dir / "stories260K.gguf", dtype="float32")
-    _, tokenizer = jo.load(data_dir / "stories260K.gguf")
+    model, tokenizer = jo.load(data_dir / "stories260K.gguf", dtype="float32")
     (result,) = jo.generate(model, tokenizer, [[1]], max_tokens=48, temperature=0.0)
     assert result.text.startswith(
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
@@ -46,7 +45,7 @@ def test_a_file_by_others_tells_its_story(data_dir):
 
 def test_native_is_the_same_model(tmp_path):
     path = tmp_path / "model.gguf"
-    checkpoints.export_gguf(exportable.model("llama", wide=True), None, path, dtype="Q8_0")
+    checkpoints.export_gguf(exportable.model("llama", **exportable.WIDE), None, path, dtype="Q8_0")
     as_float, native = (weights(jo.load(path, dtype=dtype)[0]) for dtype in ("float32", "native"))
     kept = {name for name, weight in native.items() if isinstance(weight, jo.QArray)}
     assert kept == {name for name, weight in native.items() if weight.ndim == 2}
@@ -168,8 +167,9 @@ def _llama3_factors(*, theta, head_dim, factor, low, high, original):
     return np.array(factors, np.float32)
 
 
-def _shapes(**extra):
-    return {"token_embd.weight": (64, 256), "output.weight": (64, 256), **extra}
+def _shapes(layers=2):
+    layer = {f"blk.{i}.attn_norm.weight": (256,) for i in range(layers)}
+    return {"token_embd.weight": (64, 256), "output.weight": (64, 256)} | layer
 
 
 def _metadata(architecture, **keys):
@@ -224,28 +224,27 @@ def test_a_factor_alone_is_linear_scaling():
 
 
 def test_what_gemma2_leaves_unsaid():
-    """llama.cpp's defaults, and the 27B model's own query scale, which no key holds."""
     config = gguf_config.to_config(_metadata("gemma2"), _shapes())
     assert (config.attention_softcap, config.logit_softcap, config.windows) == (50.0, 30.0, (4096, None))
-    assert config.query_scale == 128**-0.5
-    assert config.tied
-    largest = _metadata("gemma2", block_count=46, attention__head_count=4)
-    largest |= {"gemma2.attention.key_length": 32, "gemma2.attention.value_length": 32}
-    with pytest.raises(ValueError, match="block_count=46"):
-        gguf_config.to_config(largest, _shapes())
-    largest |= {"gemma2.attention.value_length": 32}
-    filled = _shapes(**{f"blk.{i}.attn_norm.weight": (256,) for i in range(46)})
-    assert gguf_config.to_config(largest, filled).query_scale == 64**-0.5
+    assert (config.query_scale, config.tied) == (128**-0.5, True)
 
 
 def test_what_gemma3_leaves_unsaid():
-    layers = {f"blk.{i}.attn_norm.weight": (256,) for i in range(7)}
     metadata = _metadata("gemma3", block_count=7, attention__sliding_window=512, rope__freq_base=1e6)
-    config = gguf_config.to_config(metadata, _shapes(**layers))
+    config = gguf_config.to_config(metadata, _shapes(layers=7))
     assert config.windows == (512,) * 5 + (None, 512)
     assert (config.rope, config.rope_local) == (Rope(theta=1e6), Rope(theta=1e4))
     del metadata["gemma3.attention.sliding_window"]
-    assert gguf_config.to_config(metadata, _shapes(**layers)).windows == (None,) * 7
+    assert gguf_config.to_config(metadata, _shapes(layers=7)).windows == (None,) * 7
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemmas_scale_queries_otherwise(architecture, layers):
+    """27B: by width over heads, which no key says and which is not the width of a head."""
+    metadata = _metadata(
+        architecture, block_count=layers, attention__key_length=32, attention__value_length=32
+    )
+    assert gguf_config.to_config(metadata, _shapes(layers=layers)).query_scale == 128**-0.5
 
 
 def test_yarn_keys():

@@ -1,0 +1,80 @@
+"""Make a model smaller by a recipe, measure it before and after, save it: the main job.
+
+Without --text it is measured on three Wikipedia articles that ship with the package.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxopt_llm import checkpoints, configs
+from jaxopt_llm.checkpoints.orbax import is_checkpoint
+from jaxopt_llm.cli import show
+from jaxopt_llm.cli.flags import CONFIG, DTYPE, JSON, MESH, MODEL, OUT, SET, TEXT
+from jaxopt_llm.cli.loading import load
+from jaxopt_llm.cli.measuring import read_text, stages
+from jaxopt_llm.optimize import Outcome, Recipe, optimize
+
+ROWS = {
+    "parameters": "parameters",
+    "file_bytes": "bytes of the file",
+    "bytes": "bytes in memory",
+    "perplexity": "perplexity",
+    "kld_mean": "KL divergence from the original",
+    "same_top_p": "same top token as the original",
+    "prefill_tokens_per_s": "prefill, tokens/s",
+    "decode_tokens_per_s": "decode, tokens/s",
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    recipe = configs.load(CONFIG.value, SET.value)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"--config={CONFIG.value} is a {type(recipe).__name__}; optimize takes a Recipe")
+    if "://" in OUT.value:
+        raise ValueError(f"--out={OUT.value} is remote; name a local directory, and copy it there afterwards")
+    out = Path(OUT.value).expanduser()
+    check_place(out)
+    text = None if TEXT.value is None else read_text(TEXT.value)
+    source = checkpoints.resolve(MODEL.value)
+    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, mesh=MESH.value)
+    with stages("steps") as report:
+        outcome = optimize(model, tokenizer, recipe, text=text, source=source, out=out, progress=report)
+    if JSON.value:
+        values = {"before": outcome.before, "after": outcome.after, "sample": outcome.sample, "out": out}
+        show.json_line(values)
+    else:
+        tell(outcome, recipe.measure.question, out)
+
+
+def check_place(out: Path) -> None:
+    """Asks before minutes of work, not after them, whether a checkpoint can be written there.
+
+    Raises:
+      OSError: if something else stands there than a checkpoint of ours or an empty directory, or if no
+        directory can be made there.
+    """
+    if out.exists() and not (is_checkpoint(out) or (out.is_dir() and not any(out.iterdir()))):
+        reason = "not replaced, since it is no checkpoint of ours; choose another --out"
+        raise FileExistsError(errno.EEXIST, reason, str(out))
+    parent = next(place for place in out.absolute().parents if place.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file, so no directory can be made below it", str(parent))
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "cannot be written to; choose another --out", str(parent))
+
+
+def tell(outcome: Outcome, question: str, out: Path) -> None:
+    """Prints what was done."""
+    before, after = outcome.before, outcome.after
+    rows = [(label, getattr(before, name), getattr(after, name)) for name, label in ROWS.items()]
+    show.table(("", "before", "after"), rows)
+    if before.file_bytes and after.file_bytes and after.file_bytes > before.file_bytes:
+        old, new = before.file_bytes / 1e6, after.file_bytes / 1e6
+        bits = 8 * before.file_bytes / before.parameters
+        print(
+            f"The result, {new:.1f} MB, is larger than the file it came from, {old:.1f} MB: that one already "
+            f"takes no more than {bits:.1f} bits a parameter."
+        )
+    print(f"\n> {question}\n{outcome.sample.strip()}\n\nsaved to {out}")

@@ -1,0 +1,103 @@
+"""`chat`: a conversation by pipe, its commands, its end, and what happens when it outgrows the context."""
+
+import io
+import sys
+
+import pytest
+
+import jaxopt_llm as jo
+from jaxopt_llm.cli import chat
+from jaxopt_llm.engine import Generator, SamplingParams
+
+TOKENS = 16
+
+
+@pytest.fixture
+def talk(run_cli, storyteller, monkeypatch):
+    def run(*lines, options=()):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        return run_cli("chat", f"--model={storyteller}", f"--max_tokens={TOKENS}", *options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def generator(storyteller):
+    return Generator(*jo.load(storyteller))
+
+
+def answers(generator, *messages):
+    """What the model says when it sees everything said before."""
+    history, said = [], []
+    for message in messages:
+        history.append({"role": "user", "content": message})
+        (result,) = generator.generate([history], SamplingParams(max_tokens=TOKENS))
+        history.append({"role": "assistant", "content": result.text})
+        said.append(result.text + (" ..." if result.finish_reason == "length" else ""))
+    return said
+
+
+def test_history_is_kept_until_reset(talk, generator):
+    done = talk("Lily", "a dog", "/reset", "a dog")
+    assert done.code == 0
+    assert done.stdout == "".join(f"{text}\n" for text in answers(generator, "Lily", "a dog") + answers(generator, "a dog"))
+    assert "(the conversation is forgotten)" in done.stderr
+
+
+def test_commands(talk, generator):
+    done = talk("", "/help", "Lily", "/exit", "never read")
+    assert done.stdout == "".join(f"{text}\n" for text in answers(generator, "Lily"))
+    assert "(no command /help; /reset forgets the conversation" in done.stderr
+
+
+def test_no_line_at_all_and_a_last_one_without_end(talk, generator, monkeypatch):
+    assert talk().stdout == ""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Lily"))
+    conversation = chat.Conversation(generator, SamplingParams(max_tokens=TOKENS))
+    assert (chat._read(), chat._read(), conversation.messages) == ("Lily", None, [])
+
+
+def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(generator, capsys):
+    conversation = chat.Conversation(generator, SamplingParams(max_tokens=TOKENS))
+    for turn in range(5):
+        conversation.answer(f"{turn} {'dog ' * 60}")
+    kept = [message["content"].split()[0] for message in conversation.messages if message["role"] == "user"]
+    assert kept == [str(turn) for turn in range(5 - len(kept), 5)]
+    assert 0 < len(kept) < 5
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * len(kept)
+    err = capsys.readouterr().err
+    assert err.count("(the conversation outgrew the context of 512 tokens: its oldest turn is forgotten)") == 5 - len(kept)
+
+
+def test_a_message_longer_than_the_context_is_refused(generator, capsys):
+    conversation = chat.Conversation(generator, SamplingParams(max_tokens=TOKENS))
+    conversation.answer("dog " * 600)
+    assert conversation.messages == []
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "no room for an answer in the context of 512 tokens; shorten it" in captured.err
+
+
+def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(generator, capsys, monkeypatch):
+    stream = generator.stream
+
+    def interrupted(prompt, params):
+        yield next(stream(prompt, params))
+        raise KeyboardInterrupt
+
+    conversation = chat.Conversation(generator, SamplingParams(max_tokens=TOKENS))
+    monkeypatch.setattr(generator, "stream", interrupted)
+    conversation.answer("Lily")
+    printed = capsys.readouterr().out
+    assert printed.endswith(" (stopped)\n")
+    assert conversation.messages[-1] == {"role": "assistant", "content": printed.removesuffix(" (stopped)\n")}
+
+
+def test_a_model_without_a_template_cannot_chat(run_cli, data_dir):
+    done = run_cli("chat", f"--model={data_dir / 'stories260K.gguf'}")
+    assert done.code == 2
+    assert "no default chat template" in done.stderr.splitlines()[-1]
+
+
+def test_json_is_not_for_conversations(talk):
+    assert "chat has no flag --json" in talk(options=["--json"]).stderr
