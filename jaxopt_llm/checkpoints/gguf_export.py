@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from jaxopt_llm.checkpoints import blocks, gguf
 from jaxopt_llm.checkpoints.files import TensorSpec
@@ -25,7 +26,7 @@ from jaxopt_llm.models.rope import amplitude, frequencies
 from jaxopt_llm.text import Tokenizer
 
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # llama.cpp's llama_ftype
-_UNUSED = 5  # a token's type
+_NORMAL, _UNUSED = 1, 5  # types of tokens
 _APART = {"family", "bos_id", "eos_ids", "pad_id", "rope", "rope_local"}  # without effect, or compared apart
 
 
@@ -144,18 +145,20 @@ def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, A
         roles |= dict(zip(("eos", "eot", "eom"), config.eos_ids, strict=False))
         ids = {f"{TOKENIZER}{role}_token_id": index for role, index in roles.items() if index is not None}
         return {f"{TOKENIZER}model": "no_vocab"} | ids
-    keys = tokenizer.to_gguf()
-    count, rows = len(keys[f"{TOKENIZER}tokens"]), config.vocab_size
-    if count > rows:
+    keys, rows = tokenizer.to_gguf(), config.vocab_size
+    types = keys[f"{TOKENIZER}token_type"]
+    if _NORMAL in types[rows:]:
         raise ValueError(
-            f"the tokenizer has {count} tokens but the embedding only {rows} rows; GGUF cannot hold that"
+            f"the tokenizer has {len(types)} tokens but the embedding only {rows} rows; GGUF cannot hold that"
         )
-    fillers: dict[str, list[Any]] = {  # llama.cpp wants a token for every row of the embedding
-        f"{TOKENIZER}tokens": [f"[PAD{index}]" for index in range(count, rows)],
-        f"{TOKENIZER}token_type": [_UNUSED] * (rows - count),
-        f"{TOKENIZER}scores": [-1000.0] * (rows - count),
+    if types[rows:]:
+        logging.warning("left out %d special tokens beyond the embedding's %d rows", len(types) - rows, rows)
+    fillers: dict[str, list[Any]] = {  # llama.cpp wants exactly one token for every row of the embedding
+        f"{TOKENIZER}tokens": [f"[PAD{index}]" for index in range(len(types), rows)],
+        f"{TOKENIZER}token_type": [_UNUSED] * (rows - len(types)),
+        f"{TOKENIZER}scores": [-1000.0] * (rows - len(types)),
     }
-    return keys | {key: keys[key] + filler for key, filler in fillers.items() if key in keys}
+    return keys | {key: (keys[key] + filler)[:rows] for key, filler in fillers.items() if key in keys}
 
 
 def _tensor(parameter: str, weight: Weight, config: ModelConfig, dtype: str) -> TensorSpec:

@@ -178,8 +178,16 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(name, message, tmp_pa
     assert not (tmp_path / "model.gguf").exists()
 
 
-PUBLISHED = """Llama-3.2-1B-Instruct Mistral-7B-Instruct-v0.3 Mixtral-8x7B-v0.1 OLMo-2-0425-1B Qwen2.5-0.5B-Instruct
-    Qwen3-0.6B Qwen3-30B-A3B SmolLM2-135M-Instruct gemma-2-2b gemma-3-1b-it gpt-oss-20b""".split()
+PUBLISHED = [
+    "Llama-3.2-1B-Instruct",
+    "Mistral-7B-Instruct-v0.3",
+    "OLMo-2-0425-1B",
+    "Qwen2.5-0.5B-Instruct",
+    "Qwen3-0.6B",
+    "gemma-2-2b",
+    "gemma-3-1b-it",
+    "gpt-oss-20b",
+]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -233,6 +241,15 @@ def test_rows_of_the_embedding_without_a_token_get_one(data_dir, tmp_path):
         assert len(fields[f"tokenizer.ggml.{key}"].contents()) == 520
     with pytest.raises(ValueError, match="512 tokens but the embedding only 101 rows"):
         export(exportable.model("llama"), tokenizer, tmp_path / "small.gguf")
+
+
+def test_special_tokens_without_a_row_are_left_out(data_dir, tmp_path):
+    """Gemma 3's tokenizer has one for images, which its text models cannot embed."""
+    model, tokenizer = jo.load(data_dir / "stories260K.gguf", dtype="float32")
+    tokenizer.backend.add_special_tokens(["<image>"])
+    export(model, tokenizer, tmp_path / "model.gguf")
+    _, loaded = jo.load(tmp_path / "model.gguf")
+    assert (tokenizer.backend.token_to_id("<image>"), loaded.vocab_size) == (512, 512)
 
 
 def test_an_error_leaves_the_old_file(tmp_path):

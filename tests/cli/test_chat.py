@@ -60,7 +60,7 @@ def test_no_line_at_all_and_a_last_one_without_end(talk, generator, monkeypatch)
 def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(generator, capsys):
     conversation = chat.Conversation(generator, SamplingParams(max_tokens=TOKENS))
     for turn in range(5):
-        conversation.answer(f"{turn} {'dog ' * 60}")
+        conversation.answer(f"{turn} {'dog ' * 75}")
     kept = [message["content"].split()[0] for message in conversation.messages if message["role"] == "user"]
     assert kept == [str(turn) for turn in range(5 - len(kept), 5)]
     assert 0 < len(kept) < 5

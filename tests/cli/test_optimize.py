@@ -1,0 +1,120 @@
+"""`optimize`: the main job from the command line."""
+
+import json
+
+import pytest
+
+import jaxopt_llm as jo
+from jaxopt_llm.checkpoints import read_config
+from jaxopt_llm.cli import optimize as command
+from jaxopt_llm.models import abstract
+from jaxopt_llm.optimize import Outcome, Report
+
+QUICK = [
+    f"--set=measure.{setting}"
+    for setting in ("window=64", "windows=2", "prompt_tokens=8", "output_tokens=4", "answer_tokens=8")
+]
+FIELDS = {
+    "parameters",
+    "file_bytes",
+    "bytes",
+    "perplexity",
+    "kld_mean",
+    "same_top_p",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+}
+
+
+@pytest.fixture
+def optimize(run_cli, storyteller):
+    def run(*arguments):
+        return run_cli("optimize", f"--model={storyteller}", "--config=int8", *QUICK, *arguments)
+
+    return run
+
+
+def assert_refused(done, message):
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("jaxopt-llm: error: ")
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_json(optimize, tmp_path):
+    done = optimize(f"--out={tmp_path / 'out'}", "--json")
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report.keys() == {"before", "after", "sample", "out"}
+    assert report["before"].keys() == report["after"].keys() == FIELDS
+    assert report["out"] == str(tmp_path / "out")
+    assert report["after"]["bytes"] < 0.3 * report["before"]["bytes"]
+    assert (report["before"]["kld_mean"], report["before"]["same_top_p"]) == (0, 1)
+    model, tokenizer = jo.load(tmp_path / "out")
+    messages = [{"role": "user", "content": "Why is the sky blue?"}]
+    assert jo.generate(model, tokenizer, [messages], max_tokens=8)[0].text == report["sample"]
+
+
+def test_for_people(optimize, tmp_path, data_dir):
+    done = optimize(f"--out={tmp_path / 'out'}", f"--text={data_dir / 'wikitext.txt'}")
+    assert done.code == 0, done.stderr
+    table, _, rest = done.stdout.partition("\n\n")
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == list(command.ROWS.values())
+    assert rest.startswith("> Why is the sky blue?\n")
+    assert rest.endswith(f"saved to {tmp_path / 'out'}\n")
+    assert "timing the result" in done.stderr
+
+
+def test_a_result_larger_than_its_source_is_said(capsys, storyteller, tmp_path):
+    model = abstract(read_config(storyteller)[0])
+    figures = dict.fromkeys(FIELDS, 1.0) | {"parameters": 1000, "bytes": 1000, "file_bytes": 600}
+    before = Report(**figures)
+    after = Report(**figures | {"file_bytes": 1100})
+    command.tell(Outcome(model=model, before=before, after=after, sample="x"), "?", tmp_path)
+    assert "larger than the file it came from" in capsys.readouterr().out
+    command.tell(Outcome(model=model, before=after, after=before, sample="x"), "?", tmp_path)
+    assert "larger" not in capsys.readouterr().out
+
+
+def test_an_own_checkpoint_is_replaced(optimize, storyteller, tmp_path):
+    jo.save(*jo.load(storyteller), tmp_path / "out")
+    before = (tmp_path / "out" / "jaxopt_llm.json").read_text()
+    assert optimize(f"--out={tmp_path / 'out'}").code == 0
+    assert (tmp_path / "out" / "jaxopt_llm.json").read_text() != before
+
+
+def test_places_that_cannot_be_written_to(run_cli, tmp_path):
+    """Before anything is loaded: the default model would have to be downloaded."""
+    run = lambda out: run_cli("optimize", "--config=int8", f"--out={out}")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("mine")
+    assert_refused(run(tmp_path / "file"), "file: not replaced, since it is no checkpoint of ours")
+    assert_refused(run(tmp_path / "folder"), "folder: not replaced")
+    assert_refused(run(tmp_path / "file" / "below"), "file: a file, so no directory can be made below it")
+    assert_refused(run("gs://bucket/model"), "is remote; name a local directory")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=int9"], "no config 'int9' (did you mean int8?)"),
+        (["--set=steps.0.format=int9"], "unknown quantization 'int9'"),
+        (["--set=measure.windows=0"], "windows=0 must be at least 1"),
+        (["--set=measure.window=513"], "window=513 is longer than the model's context of 512"),
+        (["--text=nowhere.txt"], "nowhere.txt: No such file"),
+        (["--config=int8_block"], "which groups of 32 do not divide; use int8"),
+    ],
+)
+def test_mistakes(optimize, tmp_path, arguments, message):
+    assert_refused(optimize(f"--out={tmp_path / 'out'}", *arguments), message)
+    assert not any(tmp_path.iterdir())
+
+
+def test_configs_of_another_kind_are_refused(optimize, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from jaxopt_llm.models import Rope as config\n")
+    assert_refused(
+        optimize(f"--out={tmp_path / 'out'}", f"--config={path}", "--set=theta=1"),
+        "is a Rope; optimize takes",
+    )

@@ -1,0 +1,149 @@
+"""The notebooks run top to bottom; their first cell installs what a machine lacks and leaves its JAX alone."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbclient
+import nbformat
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ("quickstart", "research")
+TIMEOUT = 300  # seconds a cell, on a machine that does much else
+
+OLD_TPU = {"jax": "0.7.2", "jaxlib": "0.7.2", "libtpu": "0.0.20"}
+NEW_TPU = {"jax": "0.12.0.dev20260801", "jaxlib": "0.12.0.dev20260801", "libtpu": "0.0.45"}
+OLD_GPU = {"jax": "0.9.1", "jaxlib": "0.9.1", "jax-cuda12-plugin": "0.9.1", "jax-cuda12-pjrt": "0.9.1"}
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def cells(notebook: nbformat.NotebookNode) -> dict[str, nbformat.NotebookNode]:
+    return {cell["id"]: cell for cell in notebook.cells if cell.cell_type == "code"}
+
+
+@pytest.fixture(scope="module", params=NOTEBOOKS)
+def executed(request, data_dir, tmp_path_factory):
+    """A notebook that has run on the tiny model, and its name."""
+    notebook = read(request.param)
+    folder = str(tmp_path_factory.mktemp(request.param))
+    environment = {
+        **os.environ,
+        "JAXOPT_NOTEBOOK_MODEL": str(data_dir / "stories260K.gguf"),
+        "TMPDIR": folder,  # what it writes goes away with the test's own files
+    }
+    resources = {"metadata": {"path": folder}}
+    nbclient.NotebookClient(notebook, timeout=TIMEOUT, resources=resources).execute(env=environment)
+    return request.param, notebook
+
+
+def text(cell: nbformat.NotebookNode) -> str:
+    return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+
+
+def has_picture(cell: nbformat.NotebookNode) -> bool:
+    return any("image/png" in output.get("data", {}) for output in cell.outputs)
+
+
+def test_runs_top_to_bottom(executed):
+    name, notebook = executed
+    ran = cells(notebook)
+    assert all(cell.execution_count for cell in ran.values())
+    assert [key for key, cell in ran.items() if "plot" in key and not has_picture(cell)] == []
+    {"quickstart": check_quickstart, "research": check_research}[name](ran)
+
+
+def check_quickstart(ran):
+    assert "groups of 32 do not divide" in text(ran["quantize"])  # this model's feed-forward width is 172
+    table = [line.split() for line in text(ran["evaluate"]).splitlines()[1:]]
+    (_, size, perplexity, *_), (_, smaller, after, kld, same_top) = table
+    assert float(smaller) < 0.3 * float(size)
+    assert float(after) == pytest.approx(float(perplexity), rel=0.01)
+    assert 0 < float(kld) < 0.01
+    assert float(same_top.rstrip("%")) > 90
+    assert "no chat template" not in text(ran["generate"])
+    assert "base model" in text(ran["chat"])
+
+
+def check_research(ran):
+    lines = text(ran["gradient"]).splitlines()
+    assert ["penguin" in line for line in lines[:2]] == [False, True]  # the vector has learnt it
+    assert float(text(ran["frozen"]).split()[-1]) > 0.9
+    difference = re.search(r"on 8 devices differ from those on one by (\S+)", text(ran["mesh"]))
+    assert float(difference[1]) < 1e-3
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_is_committed_clean(name):
+    notebook = read(name)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert all(not cell.outputs and cell.execution_count is None for cell in cells(notebook).values())
+
+
+def install_cell() -> str:
+    sources = {cells(read(name))["install"].source for name in NOTEBOOKS}
+    assert len(sources) == 1, "every notebook installs alike"
+    return sources.pop()
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """The arguments of every `pip install` that a cell would run."""
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: calls.append(command))
+    return calls
+
+
+def run_install(monkeypatch, found: dict[str, str]) -> dict:
+    """Runs the cell where the package is missing and these versions are there."""
+    packages = [SimpleNamespace(name=name, version=version) for name, version in found.items()]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(metadata, "distributions", lambda: packages)
+    namespace: dict = {}
+    exec(install_cell(), namespace)
+    return namespace
+
+
+def test_nothing_is_installed_where_the_package_is(pip):
+    exec(install_cell(), {})
+    assert pip == []
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "said"),
+    [
+        (NEW_TPU | {"numpy": "2.3"}, ["[notebooks]", *(f"{n}=={v}" for n, v in NEW_TPU.items())], "Keeping jax"),
+        (OLD_TPU, ["[notebooks,tpu]"], "Upgrading jax 0.7.2, jaxlib 0.7.2, libtpu 0.0.20"),
+        (OLD_GPU, ["[notebooks,cuda12]"], "Upgrading jax 0.9.1"),
+        ({"numpy": "2.3"}, ["[notebooks]"], "no JAX here"),
+    ],
+    ids=["new", "old TPU", "old GPU", "none"],
+)
+@pytest.mark.parametrize("checkout", [True, False], ids=["checkout", "by name"])
+def test_jax_stays_or_goes_up_whole(monkeypatch, tmp_path, capsys, pip, checkout, found, wanted, said):
+    monkeypatch.chdir(ROOT / "notebooks" if checkout else tmp_path)
+    run_install(monkeypatch, found)
+    source = str(ROOT) if checkout else "jaxopt-llm"
+    first, *rest = wanted
+    assert pip == [[sys.executable, "-m", "pip", "install", "--quiet", source + first, *rest]]
+    assert said in capsys.readouterr().out
+
+
+def test_the_cell_and_the_package_ask_for_the_same_jax(monkeypatch, pip):
+    namespace = run_install(monkeypatch, {})
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    [jax] = [r for r in map(Requirement, project["dependencies"]) if r.name == "jax"]
+    assert str(jax.specifier) == f">={namespace['OLDEST_JAX']}"
+    assert {"notebooks", *namespace["EXTRAS"].values()} <= set(project["optional-dependencies"])
