@@ -23,6 +23,7 @@ FLOORS = (
 )
 FLOOR = {package: height for height, packages in enumerate(FLOORS) for package in packages}
 PUBLIC_NAMES = FLOOR["serve"]  # `import jaxopt_llm`, or a name from it, reaches this high
+PROGRAMS = "jaxopt_llm.configs.launch."  # whole programs, such as a user writes: nothing imports them
 HOST_ONLY = {"jaxopt_llm.engine.scheduler"}
 
 
@@ -32,6 +33,7 @@ def sources() -> dict[str, Path]:
     for folder, prefix in (("jaxopt_llm", ""), ("sharding", "jaxopt_llm."), ("configs", "jaxopt_llm.")):
         for path in (ROOT / folder).rglob("*.py"):
             files[prefix + ".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
+    files = {name: path for name, path in files.items() if not name.startswith(PROGRAMS)}
     del files["jaxopt_llm.__init__"]  # the public names: it imports from every floor
     return files
 

@@ -3,7 +3,7 @@
 from jaxopt_llm.checkpoints.files import CheckpointError
 from jaxopt_llm.checkpoints.gguf_export import export as export_gguf
 from jaxopt_llm.checkpoints.hf_export import export as export_hf
-from jaxopt_llm.checkpoints.load import (
+from jaxopt_llm.checkpoints.loader import (
     default_dtype,
     load,
     mesh_sharding,

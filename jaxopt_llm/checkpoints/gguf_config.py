@@ -14,6 +14,7 @@ from jaxopt_llm.checkpoints.files import CheckpointError, TensorSource
 from jaxopt_llm.models import ModelConfig, Rope
 from jaxopt_llm.models.families import parse_config
 from jaxopt_llm.models.rope import frequencies
+from jaxopt_llm.text.gguf_read import PREFIX
 
 ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3's scaling divides each frequency by, float32 [head_dim / 2]
 ARCHITECTURES = {  # by family
@@ -29,7 +30,6 @@ ARCHITECTURES = {  # by family
     "gpt_oss": "gpt-oss",
 }
 PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2}  # one layer in so many sees all, the last of each period
-TOKENIZER = "tokenizer.ggml."
 
 _HARMLESS = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "pooling_type"}  # for logits
 _LLAMA3_CONTEXT = 8192  # before the scaling, where nothing says otherwise: that of every Llama 3
@@ -83,7 +83,7 @@ class _Header:
 
     def tokens(self, *roles: str) -> list[int]:
         """The ids of special tokens, those there are."""
-        ids = [self._metadata.get(f"{TOKENIZER}{role}_token_id") for role in roles]
+        ids = [self._metadata.get(f"{PREFIX}{role}_token_id") for role in roles]
         if any(type(index) not in (int, type(None)) for index in ids):
             raise ValueError(f"the ids of the {', '.join(roles)} tokens are {ids}, of the wrong type")
         return list(dict.fromkeys(index for index in ids if index is not None))
@@ -141,11 +141,11 @@ def _decoder(header: _Header) -> dict[str, Any]:
         raise ValueError(
             "attention.key_length, attention.value_length and rope.dimension_count must be equal"
         )
+    expert_width = header.size("expert_feed_forward_length", None)
     return {
         "vocab_size": embedding[0],
         "hidden_size": width,
-        "intermediate_size": header.size("feed_forward_length", None)
-        or header.size("expert_feed_forward_length"),
+        "intermediate_size": header.size("feed_forward_length", expert_width or _REQUIRED),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": header.size("attention.head_count_kv", heads),
@@ -208,7 +208,8 @@ def _llama3(factors: np.ndarray, theta: float, head_dim: int, original: int) -> 
     low, high = 1.0, 4.0
     if np.count_nonzero(between) > 1:
         slope, offset = map(float, np.polyfit(turns[between], kept[between], 1))
-        low, high = (round(share, 3) for share in (-offset / slope, (1 - offset) / slope))
+        if slope > 0:
+            low, high = (round(border, 3) for border in (-offset / slope, (1 - offset) / slope))
     found = Rope(
         theta=theta,
         kind="llama3",
@@ -280,14 +281,16 @@ def _query_scalar(values: Mapping[str, Any], largest: int) -> int:
 def _windows(header: _Header, values: Mapping[str, Any], default: Any = _REQUIRED) -> dict[str, Any]:
     window, layers = header.size("attention.sliding_window", default), values["num_hidden_layers"]
     pattern = header.take("attention.sliding_window_pattern", (int, list), PERIODS[header.architecture])
-    slides = every(pattern, layers) if isinstance(pattern, int) else [bool(entry) for entry in pattern]
+    slides = (
+        sliding_layers(pattern, layers) if isinstance(pattern, int) else [bool(entry) for entry in pattern]
+    )
     if len(slides) != layers:
         raise ValueError(f"attention.sliding_window_pattern has {len(slides)} entries for {layers} layers")
     types = ["sliding_attention" if window and slide else "full_attention" for slide in slides]
     return {"sliding_window": window, "layer_types": types}
 
 
-def every(period: int, layers: int) -> list[bool]:
+def sliding_layers(period: int, layers: int) -> list[bool]:
     """Which layers slide where the last of each period sees all; 0: all slide."""
     return [period == 0 or i % period != period - 1 for i in range(layers)]
 
@@ -297,17 +300,14 @@ def _gpt_oss(header: _Header, values: Mapping[str, Any]) -> dict[str, Any]:
     if scaling and scaling["rope_type"] == "yarn":
         # How the model was trained, and what no key says: llama.cpp rounds yarn's borders here too.
         scaling = scaling | {"truncate": False}
-    return (
-        {
-            "model_type": "gpt_oss",
-            "intermediate_size": header.size("expert_feed_forward_length"),
-            "swiglu_limit": 7.0,
-            "rope_scaling": scaling,
-            "tie_word_embeddings": False,
-        }
-        | _experts(header)
-        | _windows(header, values)
-    )
+    own = {
+        "model_type": "gpt_oss",
+        "intermediate_size": header.size("expert_feed_forward_length"),
+        "swiglu_limit": 7.0,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": False,
+    }
+    return own | _experts(header) | _windows(header, values)
 
 
 _READERS: dict[str, Callable[[_Header, Mapping[str, Any]], dict[str, Any]]] = {

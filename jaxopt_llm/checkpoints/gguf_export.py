@@ -14,8 +14,7 @@ from jaxopt_llm.checkpoints.gguf_config import (
     ARCHITECTURES,
     PERIODS,
     ROPE_FACTORS,
-    TOKENIZER,
-    every,
+    sliding_layers,
     to_config,
 )
 from jaxopt_llm.checkpoints.gguf_model import interleaved_heads, tensor_name
@@ -24,9 +23,9 @@ from jaxopt_llm.kernels import QArray, Weight
 from jaxopt_llm.models import ModelConfig, Rope, Transformer, abstract, quantizable, specs, weights
 from jaxopt_llm.models.rope import amplitude, frequencies
 from jaxopt_llm.text import Tokenizer
+from jaxopt_llm.text.gguf_read import PREFIX, TokenType
 
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # llama.cpp's llama_ftype
-_NORMAL, _UNUSED = 1, 5  # types of tokens
 _APART = {"family", "bos_id", "eos_ids", "pad_id", "rope", "rope_local"}  # without effect, or compared apart
 
 
@@ -112,7 +111,7 @@ def _window_keys(config: ModelConfig, period: int) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     if any(slides):
         keys["attention.sliding_window"] = next(window for window in config.windows if window is not None)
-    if slides != every(period, config.num_layers):
+    if slides != sliding_layers(period, config.num_layers):
         keys["attention.sliding_window_pattern"] = slides
     return keys
 
@@ -143,20 +142,20 @@ def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, A
     if tokenizer is None:
         roles = {"bos": config.bos_id, "padding": config.pad_id}
         roles |= dict(zip(("eos", "eot", "eom"), config.eos_ids, strict=False))
-        ids = {f"{TOKENIZER}{role}_token_id": index for role, index in roles.items() if index is not None}
-        return {f"{TOKENIZER}model": "no_vocab"} | ids
+        ids = {f"{PREFIX}{role}_token_id": index for role, index in roles.items() if index is not None}
+        return {f"{PREFIX}model": "no_vocab"} | ids
     keys, rows = tokenizer.to_gguf(), config.vocab_size
-    types = keys[f"{TOKENIZER}token_type"]
-    if _NORMAL in types[rows:]:
+    types = keys[f"{PREFIX}token_type"]
+    if TokenType.NORMAL in types[rows:]:
         raise ValueError(
             f"the tokenizer has {len(types)} tokens but the embedding only {rows} rows; GGUF cannot hold that"
         )
     if types[rows:]:
         logging.warning("left out %d special tokens beyond the embedding's %d rows", len(types) - rows, rows)
     fillers: dict[str, list[Any]] = {  # llama.cpp wants exactly one token for every row of the embedding
-        f"{TOKENIZER}tokens": [f"[PAD{index}]" for index in range(len(types), rows)],
-        f"{TOKENIZER}token_type": [_UNUSED] * (rows - len(types)),
-        f"{TOKENIZER}scores": [-1000.0] * (rows - len(types)),
+        f"{PREFIX}tokens": [f"[PAD{index}]" for index in range(len(types), rows)],
+        f"{PREFIX}token_type": [int(TokenType.UNUSED)] * (rows - len(types)),
+        f"{PREFIX}scores": [-1000.0] * (rows - len(types)),
     }
     return keys | {key: (keys[key] + filler)[:rows] for key, filler in fillers.items() if key in keys}
 
@@ -191,7 +190,7 @@ def _refuse_if_lost(config: ModelConfig, read: ModelConfig) -> None:
     """Raises ValueError if a reader of the file would compute something else than the model."""
     ours, theirs = _forward(config), _forward(read)
     lost = [name for name in ours if ours[name] != theirs[name]]
-    if not np.allclose(_turns(config), _turns(read), rtol=1e-5):
+    if not np.allclose(_turns(config), _turns(read), rtol=1e-5, atol=0):
         lost.append("rope")
     architecture = ARCHITECTURES[config.family]
     if architecture in ("qwen2", "olmo2") and config.q_width != config.d_model:

@@ -1,6 +1,6 @@
 """Floor 4: from prompts to tokens."""
 
-from jaxopt_llm.engine.generate import Generator, generate
+from jaxopt_llm.engine.generator import Generator, generate
 from jaxopt_llm.engine.request import Chunk, Prompt, Result, TokenLogprob
 from jaxopt_llm.engine.sampling import SamplingParams
 

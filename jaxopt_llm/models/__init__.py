@@ -1,7 +1,7 @@
 """Floor 2: one `Transformer` from one `ModelConfig`, families as thin files."""
 
 from jaxopt_llm.models.batch import Batch, Cache, init_cache
-from jaxopt_llm.models.capture import Captured, capture
+from jaxopt_llm.models.captured import Captured, capture
 from jaxopt_llm.models.config import Experts, ModelConfig, Rope
 from jaxopt_llm.models.layers import flat_params, weights
 from jaxopt_llm.models.params import (

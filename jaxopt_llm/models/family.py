@@ -49,6 +49,13 @@ class HFConfig:
             )
         return default
 
+    def count(self, key: str, default: Any = _REQUIRED) -> int:
+        """As `take`, of which only whole numbers from 1 make sense."""
+        value = self.take(key, default)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"config.json has {key}={value!r}; a whole number of at least 1 was expected")
+        return value
+
     def expect(self, key: str, *allowed: Any) -> None:
         """Reads `key`, of which only these values (and absence) are supported."""
         value = self.take(key, None)
@@ -72,19 +79,19 @@ class HFConfig:
         `settings` are `ModelConfig` fields; `windows` defaults to none, `rope` to what the config says.
         """
         layers, heads, width = (
-            self.take(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+            self.count(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
         )
         activation = self.take("hidden_act", "silu")
         eos = self.take("eos_token_id", ())
         common = {
-            "vocab_size": self.take("vocab_size"),
+            "vocab_size": self.count("vocab_size"),
             "d_model": width,
-            "d_ff": self.take("intermediate_size"),
+            "d_ff": self.count("intermediate_size"),
             "num_layers": layers,
             "num_heads": heads,
-            "num_kv_heads": self.take("num_key_value_heads", heads),
-            "head_dim": self.take("head_dim", width // heads),
-            "max_seq_len": self.take("max_position_embeddings"),
+            "num_kv_heads": self.count("num_key_value_heads", heads),
+            "head_dim": self.count("head_dim", width // heads),
+            "max_seq_len": self.count("max_position_embeddings"),
             "norm_eps": self.take("rms_norm_eps", 1e-6),
             "tied": self.take("tie_word_embeddings", False),
             "bos_id": self.take("bos_token_id", None),

@@ -106,6 +106,7 @@ def _mxfp4_blocks(codes, scales):
             "longrope",
             "unknown rope.scaling.type 'longrope'; known are none, linear, yarn",
         ),
+        ("feed_forward_length", None, "the metadata have no llama.feed_forward_length"),
         ("embedding_length", None, "the metadata have no llama.embedding_length"),
         ("embedding_length", "48", "llama.embedding_length is '48', of the wrong type"),
         ("attention.head_count", 0, "llama.attention.head_count=0 is no number above 0"),
@@ -207,7 +208,17 @@ def test_llama3_scaling_is_found_in_its_factors(factor, head_dim, low, high, ori
     )
 
 
-@pytest.mark.parametrize("factors", [np.linspace(1, 8, 64), np.ones(32), np.full(64, np.nan), -np.ones(64)])
+OTHER_FACTORS = {
+    "even": np.linspace(1, 8, 64),
+    "falling": np.linspace(8, 1, 64),
+    "steps": np.repeat([1.0, 3.0, 8.0, 8.0], 16),
+    "too few": np.ones(32),
+    "no numbers": np.full(64, np.nan),
+    "negative": -np.ones(64),
+}
+
+
+@pytest.mark.parametrize("factors", OTHER_FACTORS.values(), ids=OTHER_FACTORS)
 def test_other_factors_are_refused(factors):
     with pytest.raises(ValueError, match="rope_freqs"):
         gguf_config.to_config(_metadata("llama"), _shapes(), factors.astype(np.float32))

@@ -64,7 +64,7 @@ def test_for_people(optimize, tmp_path, data_dir):
     assert "timing the result" in done.stderr
 
 
-def test_a_result_larger_than_its_source_is_said(capsys, storyteller, tmp_path):
+def test_growth_is_said(capsys, storyteller, tmp_path):
     model = abstract(read_config(storyteller)[0])
     figures = dict.fromkeys(FIELDS, 1.0) | {"parameters": 1000, "bytes": 1000, "file_bytes": 600}
     before = Report(**figures)
@@ -111,10 +111,16 @@ def test_mistakes(optimize, tmp_path, arguments, message):
     assert not any(tmp_path.iterdir())
 
 
-def test_configs_of_another_kind_are_refused(optimize, tmp_path):
+def test_configs_of_another_kind_are_refused(run_cli, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("from jaxopt_llm.models import Rope as config\n")
-    assert_refused(
-        optimize(f"--out={tmp_path / 'out'}", f"--config={path}", "--set=theta=1"),
-        "is a Rope; optimize takes",
-    )
+    done = run_cli("optimize", f"--out={tmp_path / 'out'}", f"--config={path}")
+    assert_refused(done, "mine.py is a Rope; optimize takes a Recipe")
+
+
+def test_dtype_and_mesh(optimize, tmp_path):
+    done = optimize(f"--out={tmp_path / 'out'}", "--dtype=bfloat16", "--mesh=data=2,tensor=4", "--json")
+    assert done.code == 0, done.stderr
+    before = json.loads(done.stdout.splitlines()[-1])["before"]
+    assert before["bytes"] == 2 * before["parameters"]
+    assert jo.load(tmp_path / "out")[0].dtype == "bfloat16"

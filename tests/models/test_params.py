@@ -49,7 +49,7 @@ def test_all_problems_are_listed(model):
     tree = weights(model)
     del tree["embed.weight"]
     tree |= {"extra": jnp.zeros(3), "final_norm.weight": jnp.zeros(7)}
-    with pytest.raises(ValueError, match="missing embed.weight") as caught:
+    with pytest.raises(ValueError, match=r"missing embed\.weight") as caught:
         jo.from_params(model.config, tree)
     assert "unexpected extra (3,)" in str(caught.value)
     assert "final_norm.weight has shape (7,), the config wants (40,)" in str(caught.value)

@@ -53,13 +53,11 @@ def test_reports_say_how_good_the_models_are(run, stories, text):
     ids = tokenizer.encode(text, add_special=False)
     expected = evaluate.compare(jo.quantize(model, "int8"), model, ids, window=64, windows=2)
     before, after = outcome.before, outcome.after
-    assert (before.perplexity, before.kld_mean, before.same_top_p) == (
-        expected.reference.perplexity,
-        0.0,
-        1.0,
-    )
-    assert after.perplexity == expected.perplexity.perplexity
-    assert (after.kld_mean, after.same_top_p) == (expected.kld_mean, expected.same_top_p)
+    assert before.perplexity == pytest.approx(expected.reference.perplexity, rel=1e-6)
+    assert (before.kld_mean, before.same_top_p) == (0.0, 1.0)
+    assert after.perplexity == pytest.approx(expected.perplexity.perplexity, rel=1e-6)
+    assert after.kld_mean == pytest.approx(expected.kld_mean, rel=1e-4)
+    assert after.same_top_p == expected.same_top_p
     assert min(before.prefill_tokens_per_s, before.decode_tokens_per_s) > 0
     assert min(after.prefill_tokens_per_s, after.decode_tokens_per_s) > 0
 
