@@ -7,8 +7,8 @@ is named. Both sides read the same file and continue a few prompts. `agree`: con
 to the end. `gaps`: for the others, the gap between our two best logits at the first token that differs;
 llama.cpp rounds activations to the type of the weights, which may turn over a near tie. `logits`: the largest
 difference up to there, as a share of the largest logit. Prints a line a file, then one JSON object, which it
-also writes into benchmarks/results/; the exit code is 1 if a gap is more than --tolerance. Takes two minutes
-for SmolLM2 on two cores.
+also writes into benchmarks/results/; the exit code is 1 if a gap is more than --tolerance. Takes three
+minutes a model on two cores.
 """
 
 import json

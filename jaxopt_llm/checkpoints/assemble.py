@@ -104,9 +104,7 @@ def _read_shards(leaves: Sequence[Leaf], read: Read, targets: Sequence[ArrayShar
 
 def _indices(shape: tuple[int, ...], target: ArraySharding) -> dict[jax.Device, tuple[Span, ...]]:
     """The part of an array that each of this process's devices holds, as (start, stop) a dimension."""
-    spans = lambda index: tuple(
-        s.indices(size)[:2] for s, size in zip(index, shape, strict=True)
-    )
+    spans = lambda index: tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
     return {device: spans(index) for device, index in target.addressable_devices_indices_map(shape).items()}
 
 

@@ -26,7 +26,9 @@ def read_json(path: Path) -> dict[str, Any]:
       CheckpointError: if the file is absent, or holds something else.
     """
     if not path.exists():
-        raise CheckpointError(path.parent, f"no {path.name} in this directory; name a checkpoint, or an alias")
+        raise CheckpointError(
+            path.parent, f"no {path.name} in this directory; name a checkpoint, or an alias"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

@@ -49,14 +49,19 @@ def _tensors(model: Transformer) -> list[TensorSpec]:
                 make = functools.partial(_expert, value, e, model.dtype)
                 result.append((name.replace("{e}", str(e)), value.shape[1:], model.dtype, make))
         else:
-            shape = (value.shape[0], len(parts) * value.shape[1], *value.shape[2:]) if source.part else value.shape
+            shape = (
+                (value.shape[0], len(parts) * value.shape[1], *value.shape[2:])
+                if source.part
+                else value.shape
+            )
             shape = (*shape[:-2], shape[-1], shape[-2]) if source.transposed else shape
             result.append((name, shape, model.dtype, functools.partial(_fused, parts, model.dtype)))
     return result
 
 
 def _values(value: Weight, dtype: jnp.dtype) -> np.ndarray:
-    return np.asarray(_dequantize(value, dtype) if isinstance(value, QArray) else value).astype(dtype, copy=False)
+    floats = _dequantize(value, dtype) if isinstance(value, QArray) else value
+    return np.asarray(floats).astype(dtype, copy=False)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")  # fused: the result is all that it takes

@@ -14,7 +14,7 @@ from jaxopt_llm.checkpoints import gguf as gguf_file
 from jaxopt_llm.checkpoints.files import CheckpointError, TensorSource, refuse_pickles
 from jaxopt_llm.checkpoints.located import Located
 from jaxopt_llm.checkpoints.resolve import resolve
-from jaxopt_llm.kernels import Format, Weight, quantization_format
+from jaxopt_llm.kernels import Weight, quantization_format
 from jaxopt_llm.models import (
     ModelConfig,
     Transformer,
@@ -65,9 +65,12 @@ def load(
     chosen = default_dtype() if dtype is None or native else float_dtype(dtype)
     if orbax.is_checkpoint(path):
         if native or rounding:
-            raise ValueError(f"{path} is in our own format, which loads as it was saved; use jo.quantize afterwards")
+            raise ValueError(
+                f"{path} is in our own format and loads as it was saved; use jo.quantize afterwards"
+            )
         sharding = None if mesh is None else mesh_sharding(mesh, orbax.read_config(path))
-        return orbax.load(path, dtype=None if dtype is None else chosen, sharding=sharding), read_tokenizer(path)
+        model = orbax.load(path, dtype=None if dtype is None else chosen, sharding=sharding)
+        return model, read_tokenizer(path)
     with _open(path) as files:
         config, locate = _read_config(files, path)
         wanted = specs(abstract(config, chosen))

@@ -16,7 +16,16 @@ import orbax.checkpoint as ocp
 from jaxopt_llm.checkpoints.files import CheckpointError, atomic_directory
 from jaxopt_llm.checkpoints.hf import read_json
 from jaxopt_llm.kernels import QArray, Weight
-from jaxopt_llm.models import ModelConfig, Transformer, abstract, from_params, mismatches, shardings, specs, weights
+from jaxopt_llm.models import (
+    ModelConfig,
+    Transformer,
+    abstract,
+    from_params,
+    mismatches,
+    shardings,
+    specs,
+    weights,
+)
 from jaxopt_llm.sharding import Sharding
 from jaxopt_llm.text import Tokenizer
 
@@ -37,6 +46,7 @@ def save(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) ->
       OSError: if `target` is something else than a checkpoint of ours, or the disk is full.
     """
     values = weights(model)
+    leaves = {name: _leaves(value) for name, value in values.items()}
     description = {
         "version": _VERSION,
         "dtype": str(model.dtype),
@@ -46,7 +56,7 @@ def save(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) ->
     with _quiet(), atomic_directory(target, marker=MARKER) as directory:
         try:
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(directory / _PARAMS, {name: _leaves(value) for name, value in values.items()})
+                checkpointer.save(directory / _PARAMS, leaves)
         except Exception as error:  # Orbax raises whatever its storage raises
             raise OSError(f"{target}: cannot be saved: {_first_line(error)}") from error
         if tokenizer is not None:

@@ -50,7 +50,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self._generator, self._params = generator, params
         self._context = generator.config.max_seq_len
-        generator.encode([{"role": "user", "content": "Hello"}])  # a model that cannot chat is refused at once
+        generator.encode([{"role": "user", "content": "Hello"}])  # refuses a model that cannot chat
 
     def answer(self, message: str) -> None:
         """Prints the answer to a message as it comes; Ctrl-C ends it where it is."""
@@ -58,7 +58,7 @@ class Conversation:
         ids = self._fit()
         if ids is None:
             self.messages.clear()
-            _say(f"the message leaves no room for an answer in the context of {self._context} tokens; shorten it")
+            _say(f"the message leaves no room for an answer in {self._context} tokens of context; shorten it")
             return
         pieces: list[str] = []
         try:
@@ -83,7 +83,7 @@ class Conversation:
             if len(self.messages) == 1:
                 return None
             del self.messages[:2]  # a message and its answer: templates want the two to alternate
-            _say(f"the conversation outgrew the context of {self._context} tokens: its oldest turn is forgotten")
+            _say(f"the conversation outgrew {self._context} tokens of context: its oldest turn is forgotten")
 
 
 def _read() -> str | None:

@@ -26,8 +26,14 @@ from jaxopt_llm.models.families import parse_config
 from tests import families
 
 ROOT = Path(__file__).parents[2]
-CONFIG = families.LLAMA | {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 512}
-CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+CONFIG = families.LLAMA | {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+}
 SAVE = {"hf": checkpoints.export_hf, "orbax": jo.save, "gguf": checkpoints.export_gguf}
 MOMENTS = (0.0, 0.6, 0.95, 1.0)  # of the calls to the file system that a save makes
 LIMIT = 100_000  # bytes a file, where the embedding has 262,144
@@ -50,7 +56,7 @@ def run_faults(folder: Path) -> None:
             path, at = target(folder, kind, moment), max(1, round(moment * total))
             code = in_child(lambda save=save, path=path, at=at: killed_save(save, path, at))
             assert code == -signal.SIGKILL or moment > 0.9, (kind, moment, code)
-        in_child(lambda kind=kind: full_disk(kind, folder / "hf 1.0" / "model", target(folder, kind, "disk full")))
+        in_child(lambda kind=kind: full_disk(folder, kind))
 
 
 def prepare(folder: Path, kind: str, save: Callable[..., None]) -> None:
@@ -98,7 +104,8 @@ def on_each_call(function: Callable[[], None]):
     active = False
 
 
-def full_disk(kind: str, source: Path, path: Path) -> None:
+def full_disk(folder: Path, kind: str) -> None:
+    source, path = target(folder, "hf", MOMENTS[-1]), target(folder, kind, "disk full")
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     report = {}
     with open(path.parent / "stderr", "w") as stderr:
@@ -129,8 +136,8 @@ def age(path: Path) -> str:
     """Which model stands there, whole."""
     values = weights(jo.load(path)[0])
     for name, expected in (("old", model(0)), ("new", model(1))):
-        close = [np.allclose(values[key], value, atol=1e-4) for key, value in weights(expected).items()]  # float16
-        if all(close):
+        pairs = [(values[key], value) for key, value in weights(expected).items()]
+        if all(np.allclose(value, other, atol=1e-4) for value, other in pairs):  # GGUF: float16
             return name
     raise AssertionError(f"{path} is neither")
 

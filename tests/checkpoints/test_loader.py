@@ -57,7 +57,8 @@ def assert_same(model, other):
     assert values.keys() == others.keys()
     for name in values:
         assert jax.tree.structure(values[name]) == jax.tree.structure(others[name]), name
-        for leaf, other_leaf in zip(jax.tree.leaves(values[name]), jax.tree.leaves(others[name]), strict=True):
+        leaves, other_leaves = jax.tree.leaves(values[name]), jax.tree.leaves(others[name])
+        for leaf, other_leaf in zip(leaves, other_leaves, strict=True):
             assert leaf.dtype == other_leaf.dtype, name
             np.testing.assert_array_equal(leaf, other_leaf, err_msg=name)
 
@@ -110,20 +111,24 @@ def test_a_sharded_model_gives_the_same_logits(wide, quantize):
 def test_a_group_that_would_straddle_two_shards_is_refused(tmp_path):
     directory = export(tmp_path / "model", intermediate_size=96)
     jo.load(directory, quantize="int8", mesh="tensor=4")
-    with pytest.raises(ValueError, match=r"mlp\.down\.weight has 3 groups of 32, which mesh tensor=4 does not"):
+    with pytest.raises(
+        ValueError, match=r"mlp\.down\.weight has 3 groups of 32, which mesh tensor=4 does not"
+    ):
         jo.load(directory, quantize="int8_block", mesh="tensor=4")
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int8_block"])
 def test_rounding_while_reading_is_rounding_afterwards(wide, quantize):
     """NumPy rounds on the host, XLA on the device: scales may differ in their last bit, and a code with them."""
-    values, expected = (weights(m) for m in (jo.load(wide, quantize=quantize)[0], jo.quantize(jo.load(wide)[0], quantize)))
+    values = weights(jo.load(wide, quantize=quantize)[0])
+    expected = weights(jo.quantize(jo.load(wide)[0], quantize))
     for name, value in expected.items():
         assert jax.tree.structure(values[name]) == jax.tree.structure(value)
         if isinstance(value, QArray):
             np.testing.assert_allclose(values[name].scale, value.scale, rtol=2e-7)
             off = np.abs(values[name].codes() - value.codes())
-            assert off.max() <= 1 and off.mean() < 1e-3
+            assert off.max() <= 1
+            assert off.mean() < 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", jnp.float32])
@@ -182,7 +187,11 @@ def test_options_that_cannot_be(wide, options, message):
 def test_config_and_stored_bytes_without_weights(wide, stories, tmp_path):
     model, _ = jo.load(wide, quantize="int8_block")
     jo.save(model, None, tmp_path / "ours")
-    for path, kinds in ((wide, {"F32"}), (tmp_path / "ours", {"int8", "float16", "float32"}), (stories, {"F32"})):
+    for path, kinds in (
+        (wide, {"F32"}),
+        (tmp_path / "ours", {"int8", "float16", "float32"}),
+        (stories, {"F32"}),
+    ):
         config, resolved = checkpoints.read_config(path)
         assert (resolved, config) == (path, jo.load(path)[0].config)
         assert checkpoints.stored_bytes(path).keys() == kinds

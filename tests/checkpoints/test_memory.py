@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -105,11 +104,10 @@ def write_models(folder: Path) -> None:
     """`hf`, a directory in bfloat16, and `q8_0.gguf`; a tiny one of each kind, `tiny-hf` and `tiny-q8_0.gguf`."""
     tiny = CONFIG | {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64}
     for prefix, values in (("tiny-", tiny), ("", CONFIG)):
-        source, rng = family("llama").source, np.random.default_rng(0)
-        tensors = [
-            (source(name).name, spec.shape, ml_dtypes.bfloat16, rng.random(spec.shape, np.float32).astype("bfloat16"))
-            for name, spec in specs(abstract(parse_config(values))).items()
-        ]
+        rng, tensors = np.random.default_rng(0), []
+        for name, spec in specs(abstract(parse_config(values))).items():
+            array = rng.random(spec.shape, np.float32).astype("bfloat16")
+            tensors.append((family("llama").source(name).name, array.shape, array.dtype, array))
         directory = folder / f"{prefix}hf"
         directory.mkdir()
         (directory / "config.json").write_text(json.dumps(values))

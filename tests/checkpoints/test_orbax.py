@@ -72,7 +72,7 @@ def test_restored_on_a_mesh(models, saved, name):
     assert_same(restored, models[name])
     down = restored.layers[0].mlp.down.weight.get_value()
     shards = [leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(down)]
-    assert shards == {"float": [(64, 32)], "int8": [(64, 32), (64, 1)], "int8_block": [(64, 32), (64, 1)]}[name]
+    assert shards == ([(64, 32)] if name == "float" else [(64, 32), (64, 1)])
 
 
 def test_a_sharded_model_is_saved_whole(models, saved, tmp_path):
@@ -82,7 +82,9 @@ def test_a_sharded_model_is_saved_whole(models, saved, tmp_path):
 
 def test_blocks_of_a_gguf_file_keep_their_biases(tmp_path):
     """Q4_1: four bits, unsigned, with a bias."""
-    config = parse_config(families.LLAMA | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1})
+    config = parse_config(
+        families.LLAMA | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    )
     values = weights(Transformer(config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     rows, columns = values["layers.0.mlp.up.weight"].shape
@@ -133,7 +135,8 @@ def change(**fields):
 
 
 def truncate(directory):
-    largest = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
     with open(largest, "r+b") as file:
         file.truncate(largest.stat().st_size // 2)
 
@@ -163,11 +166,12 @@ def test_a_config_of_another_shape_lists_every_weight(saved, tmp_path):
     change(config=CONFIG.to_json() | {"d_ff": 64, "tied": True})(tmp_path / "copy")
     with pytest.raises(CheckpointError) as raised:
         jo.load(tmp_path / "copy")
-    for part in ("unexpected head.weight (96, 64)", "layers.0.mlp.up.weight has shape (128, 64)", "layers.1.mlp.down"):
+    for part in ("unexpected head.weight (96, 64)", "layers.0.mlp.up.weight has shape (128, 64)"):
         assert part in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("options", [{"dtype": "native"}, {"quantize": "int8"}])
 def test_options_for_other_formats_are_refused(saved, options):
-    with pytest.raises(ValueError, match="in our own format, which loads as it was saved"):
+    with pytest.raises(ValueError, match="in our own format and loads as it was saved"):
         jo.load(saved / "float", **options)

@@ -36,7 +36,7 @@ def unloadable(refused, tmp_path):
         lines = {
             refused("generate", f"--model={model}", "--prompt=x"),
             refused("convert", f"--model={model}", f"--out={out / 'm'}", "--format=orbax"),
-            refused("convert", f"--model={model}", f"--out={out / 'm.gguf'}", "--format=gguf", "--quantize=int8"),
+            refused("convert", f"--model={model}", f"--out={out / 'm'}", "--format=gguf", "--quantize=int8"),
         }
         assert len(lines) == 1, lines
         assert list(out.iterdir()) == []
@@ -70,18 +70,20 @@ def cut(path, size):
 
 def test_no_such_model(unloadable, tmp_path):
     line = unloadable(tmp_path / "none")
-    assert line.startswith(f"{tmp_path / 'none'}: no such model; a model is a directory, a .gguf file, hf:org/name")
+    assert line.startswith(f"{tmp_path / 'none'}: no such model; a model is a directory, a .gguf file, hf:")
     assert "smollm2-135m-instruct" in line
 
 
 def test_a_directory_without_a_model(unloadable, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert unloadable(tmp_path / "empty").startswith(f"{tmp_path / 'empty'}: no config.json in this directory")
+    line = unloadable(tmp_path / "empty")
+    assert line.startswith(f"{tmp_path / 'empty'}: no config.json in this directory")
 
 
 def test_a_directory_without_weights(unloadable, model):
     (model / "model.safetensors").unlink()
-    assert "neither model.safetensors nor model.safetensors.index.json is in this directory" in unloadable(model)
+    line = unloadable(model)
+    assert line.endswith(": neither model.safetensors nor model.safetensors.index.json is in this directory")
 
 
 @pytest.mark.parametrize("size", [0, 5, 500, -1])
@@ -152,7 +154,7 @@ def test_an_unknown_architecture_lists_the_known(unloadable, model):
     write_config(model, model_type="mamba3", architectures=["Mamba3ForCausalLM"])
     line = unloadable(model)
     assert "mamba3" in line
-    assert "gemma2" in line and "qwen3_moe" in line
+    assert "gemma2, gemma3" in line
 
 
 def test_an_unknown_gguf_architecture_lists_the_known(unloadable, data_dir, tmp_path):
@@ -161,7 +163,7 @@ def test_an_unknown_gguf_architecture_lists_the_known(unloadable, data_dir, tmp_
     (tmp_path / "m.gguf").write_bytes(data.replace(key + b"llama", key + b"rwkv9"))
     line = unloadable(tmp_path / "m.gguf")
     assert "rwkv9" in line
-    assert "llama" in line and "qwen2" in line
+    assert "qwen2" in line
 
 
 def test_a_setting_that_no_code_reads_is_named(unloadable, model):

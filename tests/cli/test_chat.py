@@ -40,7 +40,8 @@ def answers(generator, *messages):
 def test_history_is_kept_until_reset(talk, generator):
     done = talk("Lily", "a dog", "/reset", "a dog")
     assert done.code == 0
-    assert done.stdout == "".join(f"{text}\n" for text in answers(generator, "Lily", "a dog") + answers(generator, "a dog"))
+    expected = answers(generator, "Lily", "a dog") + answers(generator, "a dog")
+    assert done.stdout == "".join(f"{text}\n" for text in expected)
     assert "(the conversation is forgotten)" in done.stderr
 
 
@@ -65,8 +66,8 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(gener
     assert kept == [str(turn) for turn in range(5 - len(kept), 5)]
     assert 0 < len(kept) < 5
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * len(kept)
-    err = capsys.readouterr().err
-    assert err.count("(the conversation outgrew the context of 512 tokens: its oldest turn is forgotten)") == 5 - len(kept)
+    notice = "(the conversation outgrew 512 tokens of context: its oldest turn is forgotten)"
+    assert capsys.readouterr().err.count(notice) == 5 - len(kept)
 
 
 def test_a_message_longer_than_the_context_is_refused(generator, capsys):
@@ -75,7 +76,7 @@ def test_a_message_longer_than_the_context_is_refused(generator, capsys):
     assert conversation.messages == []
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "no room for an answer in the context of 512 tokens; shorten it" in captured.err
+    assert "no room for an answer in 512 tokens of context; shorten it" in captured.err
 
 
 def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(generator, capsys, monkeypatch):

@@ -45,7 +45,8 @@ def test_there_and_back(convert, qwen, tmp_path, first, second):
         out = tmp_path / str(step) / NAMES[kind]
         report = convert(source, out, f"--format={kind}", "--dtype=float32")
         files = [path for path in (out.rglob("*") if out.is_dir() else [out]) if path.is_file()]
-        assert report == {"out": str(out), "format": kind, "bytes": sum(path.stat().st_size for path in files)}
+        size = sum(path.stat().st_size for path in files)
+        assert report == {"out": str(out), "format": kind, "bytes": size}
         source = out
     values, expected = weights(jo.load(source)[0]), weights(jo.load(qwen)[0])
     assert values.keys() == expected.keys()

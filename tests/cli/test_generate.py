@@ -22,7 +22,8 @@ def expected(storyteller):
 @pytest.fixture
 def generate(run_cli, storyteller):
     def run(*arguments):
-        done = run_cli("generate", f"--model={storyteller}", f"--prompt={PROMPT}", "--max_tokens=24", *arguments)
+        common = (f"--model={storyteller}", f"--prompt={PROMPT}", "--max_tokens=24")
+        done = run_cli("generate", *common, *arguments)
         assert done.code == 0, done.stderr
         return done
 

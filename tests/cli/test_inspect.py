@@ -66,8 +66,8 @@ def test_our_own_format(inspect, storyteller, tmp_path):
     model = jo.quantize(jo.load(storyteller)[0], "int8")
     jo.save(model, None, tmp_path / "out")
     report = inspect(tmp_path / "out")
-    matrices = sum(value.size for name, value in weights(jo.load(storyteller)[0]).items() if "norm" not in name)
-    assert report["bytes_by_dtype"]["int8"] == matrices
+    sizes = {name: value.size for name, value in weights(jo.load(storyteller)[0]).items()}
+    assert report["bytes_by_dtype"]["int8"] == sum(size for name, size in sizes.items() if "norm" not in name)
     assert report["bytes"] == sum(report["bytes_by_dtype"].values())
 
 
@@ -91,7 +91,8 @@ def test_table(run_cli, storyteller):
 def test_layers_of_several_kinds_have_a_row_each(run_cli, tmp_path):
     """qwen3_moe with a dense layer among those with experts."""
     families.write("qwen3_moe", tmp_path)
-    rows = [line.split("|") for line in run_cli("inspect", f"--model={tmp_path}").stdout.splitlines() if "|" in line]
+    lines = run_cli("inspect", f"--model={tmp_path}").stdout.splitlines()
+    rows = [line.split("|") for line in lines if "|" in line]
     counts = {row[1].strip(): row[3].strip() for row in rows}
     assert (counts["layers.*.moe.up.weight"], counts["layers.*.mlp.up.weight"]) == ("2", "1")
 

@@ -28,10 +28,11 @@ def gemma_keys(config: ModelConfig) -> dict[str, Any]:
     """`gemma_settings` back."""
     window = next((w for w in config.windows if w is not None), None)
     assert config.query_scale
+    scalar = round(config.query_scale**-2, 6)
     return {
         "attention_bias": config.o_bias,
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": round(config.query_scale**-2, 6),
+        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,  # transformers wants an int
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
         "sliding_window": window,
