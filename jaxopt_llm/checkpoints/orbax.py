@@ -53,9 +53,9 @@ def save(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) ->
         "config": model.config.to_json(),
         "weights": {name: _describe(value) for name, value in values.items()},
     }
-    with _quiet(), atomic_directory(target, marker=MARKER) as directory:
+    with atomic_directory(target, marker=MARKER) as directory:
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
+            with _checkpointer() as checkpointer:
                 checkpointer.save(directory / _PARAMS, leaves)
         except Exception as error:  # Orbax raises whatever its storage raises
             raise OSError(f"{target}: cannot be saved: {_first_line(error)}") from error
@@ -65,14 +65,16 @@ def save(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) ->
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax closes its event loop at the first error; each write still under way would print a traceback."""
+def _checkpointer() -> Iterator[ocp.StandardCheckpointer]:
+    """Orbax's own, which after an error closes its event loop under the reads and writes still under way.
+
+    Each of them would print a traceback; they end when they end, so after an error the filter stays.
+    """
     hook = sys.unraisablehook
     sys.unraisablehook = lambda what: None if str(what.exc_value) == "Event loop is closed" else hook(what)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
+    with ocp.StandardCheckpointer() as checkpointer:
+        yield checkpointer
+    sys.unraisablehook = hook
 
 
 def _describe(value: Weight) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def load(path: Path, *, dtype: jnp.dtype | None = None, sharding: Sharding | Non
         place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         target[name] = _leaves(jax.tree.map(place, value, places))
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             restored = checkpointer.restore((path / _PARAMS).absolute(), target)
     except Exception as error:  # Orbax raises whatever its storage raises
         raise CheckpointError(path / _PARAMS, f"cannot be restored: {_first_line(error)}") from error

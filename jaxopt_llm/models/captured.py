@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -22,26 +23,30 @@ class Captured(nnx.Module):
         self.patterns, self.replace = patterns, tuple(replace.items())
         self._taps()  # an unknown name is an error now, not at the first call
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
+    def __call__(
+        self, tokens: Int[Array | np.ndarray, "B T"]
+    ) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
         """Logits, and each captured activation `[B, T, ...]` under its name, after its replacement."""
         model = nnx.merge(*nnx.split(self.model))  # a copy whose parts can be exchanged
         seen: dict[str, Array] = {}
         for name, (keep, functions) in self._taps().items():
             owner, _, part = name.rpartition(".")
-            see = functools.partial(_see, name, functions, seen if keep else {}, (tokens.shape[0], tokens.shape[1]))
+            see = functools.partial(
+                _see, name, functions, seen if keep else {}, (tokens.shape[0], tokens.shape[1])
+            )
             _wrap(_part(model, owner), part, see)
         return model(tokens), seen
 
     def _taps(self) -> dict[str, tuple[bool, list[Replace]]]:
         names = module_names(self.model)
         for pattern in (*self.patterns, *(pattern for pattern, _ in self.replace)):
-            if not fnmatch.filter(names, pattern):
+            if not any(_matches(name, pattern) for name in names):
                 known = sorted({name.replace(".0", ".*") for name in names if not _later_layer(name)})
                 raise ValueError(f"no activation is named {pattern!r}; names are {', '.join(known)}")
         taps = {}
         for name in names:
-            keep = any(fnmatch.fnmatch(name, pattern) for pattern in self.patterns)
-            functions = [f for pattern, f in self.replace if fnmatch.fnmatch(name, pattern)]
+            keep = any(_matches(name, pattern) for pattern in self.patterns)
+            functions = [f for pattern, f in self.replace if _matches(name, pattern)]
             if keep or functions:
                 taps[name] = (keep, functions)
         return taps
@@ -52,7 +57,7 @@ def capture(model: Transformer, *patterns: str, replace: Mapping[str, Replace] |
 
     Args:
       model: left as it is; parameters are shared, gradients reach them.
-      patterns: names of parts with `*`, such as `"layers.*.mlp.down"`, `"layers.3"`, `"embed"`. What is
+      patterns: names of parts, `*` for any one of them, such as `"layers.*.mlp.down"`, `"layers.3"`, `"embed"`. What is
         captured is the part's output, flattened heads and all.
       replace: name pattern to a function of the activation `[B, T, ...]`; what it returns goes on.
 
@@ -77,6 +82,12 @@ def module_names(model: Transformer) -> list[str]:
 
 # The experts' products see rows sorted by expert, which have no place in [B, T].
 _EXPERT_PRODUCT = re.compile(r"\.moe\.(gate|up|down)$")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Part by part: `layers.*` are the layers, not what is in them."""
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
 def _later_layer(name: str) -> bool:

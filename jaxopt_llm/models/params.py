@@ -101,7 +101,7 @@ def with_weights(model: Transformer, values: Mapping[str, Weight]) -> Transforme
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def apply(graph: nnx.GraphDef, params: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+def apply(graph: nnx.GraphDef, params: Any, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T V"]:
     """Logits as a pure function: `graph, params = nnx.split(model)`."""
     return nnx.merge(graph, params)(tokens)
 

@@ -7,6 +7,7 @@ from typing import overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -173,7 +174,7 @@ class Transformer(nnx.Module):
             shape = (config.vocab_size, config.d_model)
             self.head = Linear(shape, ("vocab", "embed"), dtype=dtype, rngs=rngs)
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def __call__(self, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T V"]:
         """Logits, float32, of whole sequences without a cache: the forward below, flattened."""
         hidden, _ = self.forward(Batch.dense(jnp.asarray(tokens)), None)
         return self.logits(hidden).reshape(*tokens.shape, -1)

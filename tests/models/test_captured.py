@@ -45,6 +45,11 @@ def test_capture_by_pattern(model):
     np.testing.assert_allclose(head, logits, atol=1e-6)
 
 
+def test_a_star_stands_for_one_part(model):
+    _, seen = jo.capture(model, "layers.*")(TOKENS)
+    assert sorted(seen) == ["layers.0", "layers.1", "layers.2"]
+
+
 def test_a_layer_is_the_sum_of_its_parts(model):
     parts = ("layers.1", "layers.2.attention", "layers.2.mlp", "layers.2")
     _, seen = jo.capture(model, *parts)(TOKENS)

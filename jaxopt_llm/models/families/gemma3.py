@@ -7,7 +7,6 @@ from jaxopt_llm.models.config import ModelConfig
 from jaxopt_llm.models.families.gemma2 import gemma_keys, gemma_settings
 from jaxopt_llm.models.family import QK_NORMS, SANDWICH_NORMS, Family, HFConfig, decoder_names
 
-
 # What transformers assumes of a multimodal checkpoint's `text_config`, which the hub's files leave out.
 TEXT_DEFAULTS = {
     "model_type": "gemma3_text",
