@@ -32,6 +32,10 @@ from jaxopt_llm.text import Tokenizer
 MARKER = "jaxopt_llm.json"
 _PARAMS = "params"
 _VERSION = 1
+_ECHOES = (
+    "Event loop is closed",
+    "Encountered error while reading array index",
+)  # of abandoned reads, writes
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -66,12 +70,12 @@ def save(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) ->
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[ocp.StandardCheckpointer]:
-    """Orbax's own, which after an error closes its event loop under the reads and writes still under way.
+    """Orbax's own, which at an error abandons the reads and writes that are still under way.
 
-    Each of them would print a traceback; they end when they end, so after an error the filter stays.
+    Each of them would print a traceback, whenever it ends: so after an error the filter stays.
     """
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda what: None if str(what.exc_value) == "Event loop is closed" else hook(what)
+    sys.unraisablehook = lambda what: None if str(what.exc_value).startswith(_ECHOES) else hook(what)
     with ocp.StandardCheckpointer() as checkpointer:
         yield checkpointer
     sys.unraisablehook = hook
