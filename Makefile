@@ -9,8 +9,11 @@ PYTHON ?= $(firstword $(foreach python,$(candidates),$(call new_enough,$(python)
 WORKERS ?= 2
 PROMPT ?= Why is the sky blue?
 
-# Scripts in benchmarks/ that `make verify` runs; each writes its figures into benchmarks/results/.
-BENCHMARKS :=
+# Scripts in benchmarks/ that `make verify` runs; each writes its figures into benchmarks/results/. Those of PEER
+# run where it names a Python that has llama-cpp-python.
+BENCHMARKS := quality
+PEER_BENCHMARKS := tokenizer_agreement llama_cpp_loads
+PEER ?=
 OTHER_PYTHONS := $(foreach version,3.12 3.13,$(if $(call new_enough,python$(version)),$(version)))
 
 bin := .venv/bin
@@ -36,9 +39,12 @@ check: .venv/.installed-dev
 parity: .venv-parity/.installed
 	.venv-parity/bin/python -m pytest -m parity tests/parity
 
-verify: .venv/.installed-dev $(OTHER_PYTHONS:%=test-%)
+verify: .venv/.installed-dev .venv-parity/.installed $(OTHER_PYTHONS:%=test-%)
 	$(bin)/python -m pytest -m verify tests
+	JAXOPT_FUZZ=10000 $(bin)/python -m pytest tests/checkpoints/test_fuzz.py
 	set -e; for name in $(BENCHMARKS); do $(bin)/python -m benchmarks.$$name; done
+	.venv-parity/bin/python -m benchmarks.transformers_parity
+	set -e; for name in $(if $(PEER),$(PEER_BENCHMARKS)); do $(bin)/python -m benchmarks.$$name --peer=$(PEER); done
 
 test-%: .venv-%/.installed
 	.venv-$*/bin/python $(pytest) -m "not parity and not verify" tests

@@ -1,6 +1,6 @@
 """Exports models to GGUF, F16 and Q8_0, and holds llama.cpp's greedy text against ours.
 
-    python benchmarks/llama_cpp_loads.py --peer=PYTHON [MODEL ...]
+    python -m benchmarks.llama_cpp_loads --peer=PYTHON [MODEL ...]
 
 PYTHON is an interpreter with llama-cpp-python; MODEL anything that `jaxopt_llm.load` takes, SmolLM2 if none
 is named. Both sides read the same file and continue a few prompts. `agree`: continuations that are the same
@@ -24,6 +24,7 @@ import numpy as np
 from absl import app, flags
 
 import jaxopt_llm as jo
+from benchmarks.record import record
 from jaxopt_llm import checkpoints
 
 _PEER = flags.DEFINE_string("peer", None, "Python interpreter with llama-cpp-python.", required=True)
@@ -40,7 +41,6 @@ _PROMPTS = (
     "The three primary colours are",
     "import numpy as np\n",
 )
-_RESULTS = Path(__file__).with_name("results")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,10 +50,7 @@ def main(argv: Sequence[str]) -> None:
             for source in argv[1:] or ["smollm2-135m-instruct"]
             for dtype in ("F16", "Q8_0")
         ]
-    report = json.dumps({"peer": "llama.cpp", "steps": _STEPS.value, "files": files})
-    _RESULTS.mkdir(exist_ok=True)
-    (_RESULTS / "llama_cpp_loads.json").write_text(report + "\n")
-    print(report)
+    record(Path(__file__).stem, {"steps": _STEPS.value, "files": files})
     sys.exit(any(gap > _TOLERANCE.value for file in files for gap in file["gaps"]))
 
 

@@ -1,6 +1,6 @@
 """Compares our tokenizers with llama.cpp's, id by id, on all the text there is.
 
-    python benchmarks/tokenizer_agreement.py --peer=PYTHON A.gguf B.gguf TOKENIZER_DIRECTORY
+    python -m benchmarks.tokenizer_agreement --peer=PYTHON [MODEL.gguf TOKENIZER_DIRECTORY ...]
 
 PYTHON is an interpreter with llama-cpp-python. A directory's tokenizer is first written as GGUF metadata by
 us; llama.cpp's ids are then held against those of the directory's own tokenizer. Texts are the files under
@@ -24,10 +24,12 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from jaxopt_llm.checkpoints import gguf
+from benchmarks.record import record
+from jaxopt_llm.checkpoints import gguf, resolve
 from jaxopt_llm.text import Tokenizer
 
 _ROOT = Path(__file__).parents[1]
+_MODELS = ("smollm2-135m-instruct", "gemma3-270m", str(_ROOT / "tests" / "data" / "stories260K.gguf"))
 _PEER = flags.DEFINE_string("peer", None, "Python interpreter with llama-cpp-python.", required=True)
 _DATA = flags.DEFINE_string(
     "data", os.environ.get("JAXOPT_DATA", str(_ROOT.parent / "shared")), "Folder with the larger texts."
@@ -63,13 +65,13 @@ _RETYPED = re.compile("fim|file_sep|repo")
 
 
 def main(argv: Sequence[str]) -> None:
-    results = [compare(Path(path)) for path in argv[1:]]
+    results = [compare(resolve(name)) for name in argv[1:] or _MODELS]
     for result in results:
         print(
             "{name}: {tokens} tokens of {texts} texts, {different} texts differ".format(**result),
             file=sys.stderr,
         )
-    print(json.dumps({"tokenizers": results}))
+    record(Path(__file__).stem, results)
     sys.exit(any(result["different"] or result["pieces_different"] for result in results))
 
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from jaxopt_llm.checkpoints import blocks, gguf
 from jaxopt_llm.checkpoints.files import TensorSpec
@@ -151,7 +151,9 @@ def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, A
             f"the tokenizer has {len(types)} tokens but the embedding only {rows} rows; GGUF cannot hold that"
         )
     if types[rows:]:
-        logging.warning("left out %d special tokens beyond the embedding's %d rows", len(types) - rows, rows)
+        logging.getLogger(__name__).warning(
+            "left out %d special tokens beyond the embedding's %d rows", len(types) - rows, rows
+        )
     fillers: dict[str, list[Any]] = {  # llama.cpp wants exactly one token for every row of the embedding
         f"{PREFIX}tokens": [f"[PAD{index}]" for index in range(len(types), rows)],
         f"{PREFIX}token_type": [int(TokenType.UNUSED)] * (rows - len(types)),

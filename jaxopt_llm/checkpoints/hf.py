@@ -1,11 +1,10 @@
 """Hugging Face directories: config.json and safetensors."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from absl import logging
 
 from jaxopt_llm.checkpoints import located as lay
 from jaxopt_llm.checkpoints.files import CheckpointError, Tensor, TensorSource
@@ -73,7 +72,9 @@ def locate(source: TensorSource, config: ModelConfig, wanted: Mapping[str, Param
     lay.check(source.path, wanted, found, names, [name for name in tensors if name not in used])
     if aside:
         towers = sorted({_tower(name) for name in aside})
-        logging.warning("%s: loaded the text model, skipped %s", source.path, ", ".join(towers))
+        logging.getLogger(__name__).warning(
+            "%s: loaded the text model, skipped %s", source.path, ", ".join(towers)
+        )
     return found
 
 

@@ -59,7 +59,7 @@ def save(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) ->
     }
     with atomic_directory(target, marker=MARKER) as directory:
         try:
-            with _checkpointer() as checkpointer:
+            with _checkpointer(leaves) as checkpointer:
                 checkpointer.save(directory / _PARAMS, leaves)
         except Exception as error:  # Orbax raises whatever its storage raises
             raise OSError(f"{target}: cannot be saved: {_first_line(error)}") from error
@@ -69,14 +69,17 @@ def save(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) ->
 
 
 @contextlib.contextmanager
-def _checkpointer() -> Iterator[ocp.StandardCheckpointer]:
-    """Orbax's own, which at an error abandons the reads and writes that are still under way.
+def _checkpointer(tree: Any) -> Iterator[ocp.StandardCheckpointer]:
+    """Orbax's own, which by itself would have 96 GB under way: here as little as lets the largest array through.
 
-    Each of them would print a traceback, whenever it ends: so after an error the filter stays.
+    At an error it abandons the reads and writes that are still under way. Each of them would print a
+    traceback, whenever it ends: so after an error the filter stays.
     """
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    limit = 1 + largest // 10**9  # GB
     hook = sys.unraisablehook
     sys.unraisablehook = lambda what: None if str(what.exc_value).startswith(_ECHOES) else hook(what)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(save_concurrent_gb=limit, restore_concurrent_gb=limit) as checkpointer:
         yield checkpointer
     sys.unraisablehook = hook
 
@@ -136,7 +139,7 @@ def load(path: Path, *, dtype: jnp.dtype | None = None, sharding: Sharding | Non
         place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         target[name] = _leaves(jax.tree.map(place, value, places))
     try:
-        with _checkpointer() as checkpointer:
+        with _checkpointer(target) as checkpointer:
             restored = checkpointer.restore((path / _PARAMS).absolute(), target)
     except Exception as error:  # Orbax raises whatever its storage raises
         raise CheckpointError(path / _PARAMS, f"cannot be restored: {_first_line(error)}") from error

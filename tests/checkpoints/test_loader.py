@@ -160,6 +160,12 @@ def test_a_tied_checkpoint_may_repeat_the_embedding(tmp_path):
     assert_same(jo.load(directory)[0], expected)
 
 
+def test_the_tower_of_a_multimodal_checkpoint_is_skipped_and_named(tmp_path, caplog):
+    families.write("gemma3", tmp_path)
+    jo.load(tmp_path)
+    assert "loaded the text model, skipped multi_modal_projector, vision_tower" in caplog.text
+
+
 def test_progress_reaches_its_total(wide):
     seen = []
     model, _ = jo.load(wide, progress=lambda placed, total: seen.append((placed, total)))
