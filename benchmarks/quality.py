@@ -4,7 +4,7 @@
 
 Windows of 1,024 tokens from `$JAXOPT_DATA`, float32, without overlap; figures of the first four and of all. Gemma is
 read with a BOS in place of each window's first token. Writes benchmarks/results/quality.json; the exit code is 1 where
-a figure is beyond its bound.
+a figure is beyond its bound. Sixteen minutes of processor time.
 """
 
 import math

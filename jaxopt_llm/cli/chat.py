@@ -88,10 +88,13 @@ class Conversation:
 
 def _read() -> str | None:
     """The next line; None at the end of input."""
+    at_terminal = sys.stdin.isatty()
     while True:
         try:
-            return input("> " if sys.stdin.isatty() else "")
+            return input("> " if at_terminal else "")
         except EOFError:
+            if at_terminal:
+                print()
             return None
         except KeyboardInterrupt:
             print()

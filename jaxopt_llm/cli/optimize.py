@@ -74,7 +74,7 @@ def tell(outcome: Outcome, question: str, out: Path) -> None:
         old, new = before.file_bytes / 1e6, after.file_bytes / 1e6
         bits = 8 * before.file_bytes / before.parameters
         print(
-            f"The result, {new:.1f} MB, is larger than the file it came from, {old:.1f} MB: that one already "
-            f"takes no more than {bits:.1f} bits a parameter."
+            f"The result, {new:.1f} MB, is larger than the file it came from, {old:.1f} MB, "
+            f"which stores {bits:.1f} bits a parameter."
         )
     print(f"\n> {question}\n{outcome.sample.strip()}\n\nsaved to {out}")

@@ -5,14 +5,12 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
 import jaxopt_llm as jo
 from jaxopt_llm import checkpoints
 from jaxopt_llm.kernels import QArray
-from jaxopt_llm.models import Transformer, weights
-from jaxopt_llm.models.families import parse_config
+from jaxopt_llm.models import weights
 from tests import families
 
 
@@ -42,12 +40,19 @@ def test_tensors_are_those_that_came(tmp_path, name):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return Transformer(parse_config(families.QWEN3_MOE), rngs=nnx.Rngs(0))
+def source(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("source")
+    families.write("qwen3_moe", directory)
+    return directory
 
 
-def test_quantized_weights_become_the_floats_they_stand_for(model, tmp_path):
-    small = jo.quantize(model, "int8")
+@pytest.fixture(scope="module")
+def model(source):
+    return jo.load(source)[0]
+
+
+def test_quantized_weights_become_the_floats_they_stand_for(source, tmp_path):
+    small, _ = jo.load(source, quantize="int8")
     checkpoints.export_hf(small, None, tmp_path / "out")
     values = weights(jo.load(tmp_path / "out")[0])
     for name, value in weights(small).items():
