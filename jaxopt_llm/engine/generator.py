@@ -165,7 +165,7 @@ class Generator:
         )
 
     def _stop_ids(self, requests: Sequence["_Active"], rows: int) -> np.ndarray:
-        width = max(1, *(len(request.stop_ids) for request in requests))
+        width = max(4, *(len(request.stop_ids) for request in requests))  # one program for most models
         ids = np.full((rows, width), -1, np.int32)
         for row, request in zip(ids, requests, strict=False):
             row[: len(request.stop_ids)] = sorted(request.stop_ids)
