@@ -55,7 +55,7 @@ def transformers():
 @pytest.fixture(scope="module", params=["smollm2", "stories"])
 def tokenizer(request, data_dir) -> Tokenizer:
     if request.param == "smollm2":
-        packed = (ROOT / "tests" / "text" / "smollm2_tokenizer.json.xz").read_bytes()
+        packed = (ROOT / "tests" / "data" / "smollm2_tokenizer.json.xz").read_bytes()
         return Tokenizer.from_gguf(json.loads(lzma.decompress(packed)))
     with gguf.open_file(data_dir / "stories260K.gguf") as file:
         return Tokenizer.from_gguf(file.metadata)
