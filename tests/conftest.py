@@ -80,7 +80,9 @@ class CommandLine:
         with (
             contextlib.redirect_stdout(io.StringIO()) as stdout,
             contextlib.redirect_stderr(io.StringIO()) as stderr,
+            pytest.MonkeyPatch.context() as patch,
         ):
+            patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # a command may exchange its process's
             code = main.run([str(argument) for argument in arguments])
         return Completed(code, stdout.getvalue(), stderr.getvalue())
 

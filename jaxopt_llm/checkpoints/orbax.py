@@ -1,11 +1,9 @@
 """Our own format: `jaxopt_llm.json`, parameters in Orbax, and the tokenizer's files."""
 
-import contextlib
 import json
 import math
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,7 @@ from jaxopt_llm.text import Tokenizer
 MARKER = "jaxopt_llm.json"
 _PARAMS = "params"
 _VERSION = 1
-_ECHOES = (
-    "Event loop is closed",
-    "Encountered error while reading array index",
-)  # of abandoned reads, writes
+_CHUNK = 4 << 20  # bytes; each device that needs a part of a chunk reads all of it
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -59,8 +54,9 @@ def save(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) ->
     }
     with atomic_directory(target, marker=MARKER) as directory:
         try:
-            with _checkpointer(leaves) as checkpointer:
-                checkpointer.save(directory / _PARAMS, leaves)
+            with _checkpointer() as checkpointer:
+                chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), leaves)
+                checkpointer.save(directory / _PARAMS, ocp.args.PyTreeSave(leaves, chunked))
         except Exception as error:  # Orbax raises whatever its storage raises
             raise OSError(f"{target}: cannot be saved: {_first_line(error)}") from error
         if tokenizer is not None:
@@ -68,20 +64,40 @@ def save(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) ->
         (directory / MARKER).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
-@contextlib.contextmanager
-def _checkpointer(tree: Any) -> Iterator[ocp.StandardCheckpointer]:
-    """Orbax's own, which by itself would have 96 GB under way: here as little as lets the largest array through.
+def _checkpointer() -> ocp.Checkpointer:
+    """Without compression: it hardly shrinks weights, and takes the largest array once more while it works."""
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
 
-    At an error it abandons the reads and writes that are still under way. Each of them would print a
-    traceback, whenever it ends: so after an error the filter stays.
-    """
-    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    limit = 1 + largest // 10**9  # GB
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda what: None if str(what.exc_value).startswith(_ECHOES) else hook(what)
-    with ocp.StandardCheckpointer(save_concurrent_gb=limit, restore_concurrent_gb=limit) as checkpointer:
-        yield checkpointer
-    sys.unraisablehook = hook
+
+def _restore(path: Path, target: dict[str, Any]) -> dict[str, Any]:
+    """The weights of `target`, a few at a time: Orbax would read all at once."""
+    sizes = {
+        name: sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+        for name, weight in target.items()
+    }
+    restored: dict[str, Any] = {}
+    with _checkpointer() as checkpointer:
+        for names in _groups(sizes):
+            part = {name: target[name] for name in names}
+            args = ocp.args.PyTreeRestore(
+                part, ocp.checkpoint_utils.construct_restore_args(part), partial_restore=True
+            )
+            restored |= jax.block_until_ready(checkpointer.restore(path, args))
+    return restored
+
+
+def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in small groups, the largest first, alone: it takes the most, and nothing else is there yet."""
+    most = max(sizes.values()) // 4
+    group: list[str] = []
+    taken = 0
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if group and taken + sizes[name] > most:
+            yield group
+            group, taken = [], 0
+        group.append(name)
+        taken += sizes[name]
+    yield group
 
 
 def _describe(value: Weight) -> dict[str, Any]:
@@ -139,8 +155,7 @@ def load(path: Path, *, dtype: jnp.dtype | None = None, sharding: Sharding | Non
         place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         target[name] = _leaves(jax.tree.map(place, value, places))
     try:
-        with _checkpointer(target) as checkpointer:
-            restored = checkpointer.restore((path / _PARAMS).absolute(), target)
+        restored = _restore((path / _PARAMS).absolute(), target)
     except Exception as error:  # Orbax raises whatever its storage raises
         raise CheckpointError(path / _PARAMS, f"cannot be restored: {_first_line(error)}") from error
     values = {name: _filled(empty[name], leaves) for name, leaves in restored.items()}

@@ -28,6 +28,8 @@ COMMANDS = {
     "env": ("jaxopt_llm.cli.env", "versions, devices, kernels, caches"),
 }
 HELP = ("--help", "-help", "-h")
+# Orbax abandons reads and writes when one of them fails; each would print a traceback whenever it ends.
+ABANDONED = ("Event loop is closed", "Encountered error while reading array index")
 METAVARS = {"int": "INT", "float": "FLOAT", "string": "TEXT", "multi string": "TEXT"}
 
 
@@ -40,6 +42,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     """
     logging.set_verbosity(logging.FATAL)  # Orbax narrates its saves, and logs what it also raises
     warnings.formatwarning = lambda message, *_, **__: f"jaxopt-llm: warning: {message}\n"
+    sys.unraisablehook = _tell_unraisable
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -158,6 +161,11 @@ def _describe(values: flags.FlagValues, name: str) -> str:
     elif flag.default:
         text += f" (default: {flag.default})"
     return f"  {head}\n" + textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+
+
+def _tell_unraisable(what: Any) -> None:
+    if not str(what.exc_value).startswith(ABANDONED):
+        sys.__unraisablehook__(what)
 
 
 def _explain(error: ValueError | OSError) -> str:
