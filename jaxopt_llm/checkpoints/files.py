@@ -1,21 +1,14 @@
-"""Tensors that lie in mapped files, read piece by piece, and files and directories written all or nothing."""
+"""Tensors that lie in mapped files, read piece by piece."""
 
-import ctypes
-import errno
-import fcntl
-import glob
 import math
 import mmap
 import os
-import secrets
-import shutil
 import stat
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -33,8 +26,6 @@ _FOLIO = 2 << 20  # bytes; with a page that is touched Linux maps the folio it l
 _MOST_PROBLEMS = 50  # listed in one message
 _LONGEST_PROBLEM = 2000  # characters: a hostile name may have millions
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_ATTEMPTS = 20  # to remove a directory
-_YOUNG = 1.0  # seconds; a temporary this new may not be locked yet by the process that makes it
 
 
 class CheckpointError(ValueError):
@@ -291,129 +282,3 @@ class TensorSource(Mapping[str, Tensor], AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextmanager
-def atomic_file(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write in place of `target`, which appears whole when the block ends, or not at all.
-
-    Killed at any moment, or out of disk space, `target` is what it was. What a killed process left beside it
-    goes at the next write.
-    """
-    target = Path(os.path.realpath(target))
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "a directory stands where a file is to be written", str(target))
-    temporary = _temporary(target)
-    try:
-        with open(temporary, "xb") as file, _locked(temporary):
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, target)
-    except BaseException:
-        _remove(temporary)
-        raise
-    _sync(target.parent)
-
-
-@contextmanager
-def atomic_directory(target: str | os.PathLike[str], *, marker: str = "config.json") -> Iterator[Path]:
-    """A directory to fill in place of `target`, which appears whole when the block ends, or not at all.
-
-    Like `atomic_file`. Where the file system cannot exchange two directories in one step (NFS, some network
-    drives), the old one waits as `.NAME.replaced` for the moment between two renames; after a kill just then,
-    the next write puts it back.
-
-    Args:
-      target: replaced, with all that is in it, if it is a directory that is empty or holds `marker`.
-      marker: a file that every checkpoint of this kind holds, so that no other directory is ever replaced.
-
-    Raises:
-      FileExistsError: if something else stands there.
-    """
-    target = Path(os.path.realpath(target))
-    temporary, old = _temporary(target), target.with_name(f".{target.name}.replaced")
-    if old.exists():
-        _remove(old) if target.exists() else old.rename(target)
-    if target.exists() and not (
-        target.is_dir() and ((target / marker).exists() or not any(target.iterdir()))
-    ):
-        raise FileExistsError(
-            errno.EEXIST,
-            f"not replaced, since it is no checkpoint (no {marker} in it); choose another",
-            str(target),
-        )
-    try:
-        temporary.mkdir()
-        with _locked(temporary):
-            yield temporary
-            for path in [*temporary.rglob("*"), temporary]:
-                _sync(path)
-            _swap(temporary, target, old)
-    finally:
-        _remove(temporary)  # what it replaced, by now, or what an error left unfinished
-    _sync(target.parent)
-
-
-def _swap(new: Path, target: Path, old: Path) -> None:
-    """Puts `new` at `target`; what stood there ends up at `new`, or is gone."""
-    if not target.exists():
-        new.rename(target)
-    elif not _exchange(new, target):
-        target.rename(old)
-        new.rename(target)
-        _remove(old)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two paths in one step; false where the system (not Linux) or the file system cannot."""
-    at_cwd, rename_exchange = -100, 2  # linux/fcntl.h, linux/fs.h
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    return renameat2 is not None and not renameat2(
-        at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange
-    )
-
-
-def _temporary(target: Path) -> Path:
-    """A new hidden name beside `target`. What dead processes left there is removed: nobody holds its lock."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
-        with suppress(FileNotFoundError):  # another process removes it too
-            if time.time() - leftover.stat().st_mtime > _YOUNG:
-                with _locked(leftover) as held:
-                    if held:
-                        _remove(leftover)
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Whether the lock of `path` could be had: another process may hold it, or there are no locks here."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    for _ in range(_ATTEMPTS):
-        if not path.is_dir():
-            path.unlink(missing_ok=True)
-            return
-        shutil.rmtree(path, ignore_errors=True)
-        if path.exists():  # a thread of Orbax still writes into it
-            time.sleep(0.1)

@@ -14,13 +14,13 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from jaxopt_llm.checkpoints import blocks
+from jaxopt_llm.checkpoints.atomic import atomic_file
 from jaxopt_llm.checkpoints.files import (
     CheckpointError,
     MappedFile,
     Tensor,
     TensorSource,
     TensorSpec,
-    atomic_file,
     local_path,
 )
 

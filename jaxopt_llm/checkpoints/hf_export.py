@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_llm.checkpoints import safetensors
-from jaxopt_llm.checkpoints.files import TensorSpec, atomic_directory
+from jaxopt_llm.checkpoints.atomic import atomic_directory
+from jaxopt_llm.checkpoints.files import TensorSpec
 from jaxopt_llm.checkpoints.hf import CONFIG
 from jaxopt_llm.kernels import QArray, Weight
 from jaxopt_llm.models import Transformer, weights

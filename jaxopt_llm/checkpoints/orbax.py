@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxopt_llm.checkpoints.files import CheckpointError, atomic_directory
+from jaxopt_llm.checkpoints.atomic import atomic_directory
+from jaxopt_llm.checkpoints.files import CheckpointError
 from jaxopt_llm.checkpoints.hf import read_json
 from jaxopt_llm.kernels import QArray, Weight
 from jaxopt_llm.models import (

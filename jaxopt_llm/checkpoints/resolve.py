@@ -12,7 +12,8 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxopt_llm.checkpoints.files import CheckpointError, atomic_file, refuse_pickles
+from jaxopt_llm.checkpoints.atomic import atomic_file
+from jaxopt_llm.checkpoints.files import CheckpointError, refuse_pickles
 
 _FORMS = (
     "a directory, a .gguf file, hf:org/name[@revision], hf:org/name/FILE.gguf[@revision], gs://bucket/path"

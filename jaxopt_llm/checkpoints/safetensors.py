@@ -210,7 +210,7 @@ def write(
     *,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes `model.safetensors`, or shards and their index, into a directory (see `files.atomic_directory`).
+    """Writes `model.safetensors`, or shards and their index, into a directory (see `atomic.atomic_directory`).
 
     Args:
       tensors: (name, shape, dtype, array or function that makes it). A function is called when its turn to be

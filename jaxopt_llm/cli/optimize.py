@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxopt_llm import checkpoints, configs
-from jaxopt_llm.checkpoints.orbax import is_checkpoint
+from jaxopt_llm.checkpoints.atomic import check_replaceable
+from jaxopt_llm.checkpoints.orbax import MARKER
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import CONFIG, DTYPE, JSON, MESH, MODEL, OUT, SET, TEXT
 from jaxopt_llm.cli.loading import load
@@ -55,9 +56,7 @@ def check_place(out: Path) -> None:
       OSError: if something else stands there than a checkpoint of ours or an empty directory, or if no
         directory can be made there.
     """
-    if out.exists() and not (is_checkpoint(out) or (out.is_dir() and not any(out.iterdir()))):
-        reason = "not replaced, since it is no checkpoint of ours; choose another --out"
-        raise FileExistsError(errno.EEXIST, reason, str(out))
+    check_replaceable(out, MARKER)
     parent = next(place for place in out.absolute().parents if place.exists())
     if not parent.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "a file, so no directory can be made below it", str(parent))

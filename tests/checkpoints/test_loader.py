@@ -15,6 +15,7 @@ from jaxopt_llm.kernels import QArray
 from jaxopt_llm.models import Transformer, weights
 from jaxopt_llm.models.families import parse_config
 from tests import families
+from tests.checkpoints.same import assert_same
 
 # Groups of 32 divide every width, and their numbers the four shards; two KV heads stay whole on each.
 WIDE = families.LLAMA | {
@@ -48,19 +49,6 @@ def wide(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stories(data_dir):
     return data_dir / "stories260K.gguf"
-
-
-def assert_same(model, other):
-    """The same codes, scales and floats, bit for bit."""
-    assert model.config == other.config
-    values, others = weights(model), weights(other)
-    assert values.keys() == others.keys()
-    for name in values:
-        assert jax.tree.structure(values[name]) == jax.tree.structure(others[name]), name
-        leaves, other_leaves = jax.tree.leaves(values[name]), jax.tree.leaves(others[name])
-        for leaf, other_leaf in zip(leaves, other_leaves, strict=True):
-            assert leaf.dtype == other_leaf.dtype, name
-            np.testing.assert_array_equal(leaf, other_leaf, err_msg=name)
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int8_block"])

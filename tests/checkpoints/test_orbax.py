@@ -14,6 +14,7 @@ from jaxopt_llm.checkpoints import CheckpointError, orbax
 from jaxopt_llm.models import Transformer, num_bytes, weights
 from jaxopt_llm.models.families import parse_config
 from tests import families
+from tests.checkpoints.same import assert_same
 
 # Groups of 32 divide every width, and their numbers the four shards.
 CONFIG = parse_config(
@@ -43,14 +44,6 @@ def saved(models, tmp_path_factory):
     for name, model in models.items():
         jo.save(model, None, folder / name)
     return folder
-
-
-def assert_same(model, other):
-    values, others = weights(model), weights(other)
-    assert jax.tree.structure(values) == jax.tree.structure(others)
-    for leaf, other_leaf in zip(jax.tree.leaves(values), jax.tree.leaves(others), strict=True):
-        assert leaf.dtype == other_leaf.dtype
-        np.testing.assert_array_equal(leaf, other_leaf)
 
 
 @pytest.mark.parametrize("name", FORMATS)

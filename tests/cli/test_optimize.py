@@ -88,7 +88,7 @@ def test_places_that_cannot_be_written_to(run_cli, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").write_text("mine")
-    assert_refused(run(tmp_path / "file"), "file: not replaced, since it is no checkpoint of ours")
+    assert_refused(run(tmp_path / "file"), "file: not replaced, since it is no checkpoint")
     assert_refused(run(tmp_path / "folder"), "folder: not replaced")
     assert_refused(run(tmp_path / "file" / "below"), "file: a file, so no directory can be made below it")
     assert_refused(run("gs://bucket/model"), "is remote; name a local directory")
