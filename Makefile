@@ -53,20 +53,22 @@ clean:
 	rm -rf build dist out .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-# A stamp is newer than pyproject.toml when that environment holds what it asks for.
-.venv/.installed: pyproject.toml | .venv/bin/python
+# A stamp is newer than these when that environment holds what they ask for.
+built_from := pyproject.toml setup.py $(wildcard jaxopt_llm/kernels/cpu/*.cc jaxopt_llm/kernels/cpu/*.h)
+
+.venv/.installed: $(built_from) | .venv/bin/python
 	$(bin)/python $(pip) --editable .
 	@touch $@
 
-.venv/.installed-dev: pyproject.toml | .venv/bin/python
+.venv/.installed-dev: $(built_from) | .venv/bin/python
 	$(bin)/python $(pip) --editable '.[dev]'
 	@touch .venv/.installed $@
 
-.venv-parity/.installed: pyproject.toml | .venv-parity/bin/python
+.venv-parity/.installed: $(built_from) | .venv-parity/bin/python
 	.venv-parity/bin/python $(pip) --editable '.[dev,parity]'
 	@touch $@
 
-.venv-%/.installed: pyproject.toml | .venv-%/bin/python
+.venv-%/.installed: $(built_from) | .venv-%/bin/python
 	.venv-$*/bin/python $(pip) --editable '.[dev]'
 	@touch $@
 

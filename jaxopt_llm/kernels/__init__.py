@@ -4,12 +4,14 @@ from jaxopt_llm.kernels.attention import AttentionSpec, Pages, Rows, attention
 from jaxopt_llm.kernels.linear import embed, linear, round_activations
 from jaxopt_llm.kernels.moe import grouped_linear, moe
 from jaxopt_llm.kernels.norm import per_feature, rms_norm
+from jaxopt_llm.kernels.packed import Packed, pack
 from jaxopt_llm.kernels.qarray import FORMATS, Format, QArray, Weight, quantization_format, round_symmetric
 
 __all__ = [
     "FORMATS",
     "AttentionSpec",
     "Format",
+    "Packed",
     "Pages",
     "QArray",
     "Rows",
@@ -19,6 +21,7 @@ __all__ = [
     "grouped_linear",
     "linear",
     "moe",
+    "pack",
     "per_feature",
     "quantization_format",
     "rms_norm",

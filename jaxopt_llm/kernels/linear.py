@@ -1,16 +1,27 @@
 """Products with plain or quantized weights: the `jax.numpy` definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxopt_llm.kernels.norm import per_feature
+from jaxopt_llm.kernels.cpu.panels import Panels
+from jaxopt_llm.kernels.cpu.product import product
+from jaxopt_llm.kernels.norm import per_feature, rms_norm
+from jaxopt_llm.kernels.packed import Packed
 from jaxopt_llm.kernels.qarray import QArray, Weight, round_symmetric
 
+_GATES = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
-def linear(x: Float[Array, "*B I"], w: Weight) -> Float[Array, "*B O"]:
-    """`x @ w.T` for a plain or quantized weight.
+
+def linear(x: Float[Array, "*B I"], w: Weight | Packed) -> Float[Array, "*B O"]:
+    """`x @ w.T` for a plain or quantized weight, or what `pack` made of some.
 
     Args:
       x: activations, any float dtype; the result has the same dtype.
@@ -21,19 +32,52 @@ def linear(x: Float[Array, "*B I"], w: Weight) -> Float[Array, "*B O"]:
       ValueError: if the inner dimensions differ.
 
     Gradients reach `x` as if nothing had been rounded (straight-through, arXiv:1308.3432); a quantized
-    weight gets none.
+    weight gets none. A packed weight has no gradients.
     """
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(f"x has {x.shape[-1]} input features but w has {w.shape[-1]}")
+    if isinstance(w, Packed):
+        return _packed_linear(x, w)
     if isinstance(w, QArray):
         return _quantized_linear(x, w)
     return _dot(x, w.astype(x.dtype))
 
 
-def embed(ids: Int[Array, "*B"], w: Weight, dtype: jnp.dtype) -> Float[Array, "*B D"]:
-    """Rows `ids` of a plain or quantized table `[V, D]`, as `dtype`."""
+def embed(ids: Int[Array, "*B"], w: Weight | Packed, dtype: jnp.dtype) -> Float[Array, "*B D"]:
+    """Rows `ids` of a plain, quantized or packed table `[V, D]`, as `dtype`: the weights alone, no norm, no bias.
+
+    Raises:
+      ValueError: if several weights were packed together.
+    """
+    if isinstance(w, Packed):
+        if isinstance(w.weight, Panels):
+            return w.weight.dequantize_rows(ids, dtype)
+        if len(w.weight) > 1:
+            raise ValueError(f"a table is one weight, but {len(w.weight)} were packed together")
+        w = w.weight[0]
     rows = w[ids]
     return rows.dequantize(dtype) if isinstance(rows, QArray) else rows.astype(dtype)
+
+
+def _packed_linear(x: Array, w: Packed) -> Array:
+    if not isinstance(w.weight, Panels):
+        return _unfused_linear(x, w)
+    rows = x.reshape(-1, x.shape[-1])
+    y = product(rows, w.weight, bias=w.bias, gain=w.gain, eps=w.eps, gate=w.gate)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _unfused_linear(x: Array, w: Packed) -> Array:
+    """What every kernel computes, in the order in which it does."""
+    if w.gain is not None:
+        x = rms_norm(x, w.gain, eps=w.eps)
+    y = jnp.concatenate([linear(x, part) for part in w.weight], axis=-1)
+    if w.bias is not None:
+        y = y + per_feature(w.bias.astype(y.dtype), y)
+    if w.gate is None:
+        return y
+    gate, up = jnp.split(y, 2, axis=-1)
+    return _GATES[w.gate](gate) * up
 
 
 def _dot(x: Array, w: Array) -> Array:

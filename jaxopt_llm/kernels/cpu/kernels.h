@@ -1,0 +1,21 @@
+// What a translation unit compiled for one instruction set offers, and which of them runs.
+#pragma once
+
+#include "linear.h"
+
+namespace jaxopt {
+
+struct Kernels {
+  const char* name;
+  LinearKernels linear;
+};
+
+// Null where this machine cannot run it, or it was not built.
+const Kernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+
+// The fastest that this machine can run, or what was chosen.
+const Kernels& kernels();
+
+}  // namespace jaxopt

@@ -1,0 +1,71 @@
+// The product of activations with packed weights: what its parts tell each other.
+//
+// Weights come in panels of 16 outputs, so that a vector holds one value of each output and no sum runs across lanes.
+// Within a panel, a block is 32 inputs: `[panel][block][vector][16 outputs][4 inputs]`. Bytes are codes + 128. A byte of
+// nibbles holds the codes of inputs 8k + j (low) and 8k + 4 + j (high), of 8 vectors' worth in 4.
+//
+// Rows of activations come in tiles, as many rows as the registers take: `[block][vector][row][4 inputs]`.
+//
+// A row's arithmetic is the same in a tile of any height, and no sum is split, so its bits depend on nothing beside it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jaxopt {
+
+constexpr size_t kLanes = 16;  // outputs of a panel
+constexpr size_t kBlock = 32;  // inputs that share one scale of the activations
+
+enum class FloatType { kF32, kF16, kBF16 };
+enum class Gate { kNone, kSilu, kGelu, kGeluTanh };
+
+struct Floats {
+  const void* data;
+  FloatType type;
+};
+
+struct LinearArgs {
+  const float* x;  // [rows, inputs]
+  size_t rows, inputs;
+
+  const float* gain;  // [inputs] of an RMS norm, or null
+  float eps;
+
+  const uint8_t* codes;
+  Floats scale;    // [panels, scales, 16]
+  Floats minimum;  // as scale; data null where codes are symmetric
+  size_t panels, scales;
+  int bits;        // 8 or 4
+  bool round;      // activations to 8 bits, in blocks
+
+  const float* bias;  // [panels, 16] or null
+  Gate gate;          // with one, panels alternate between gate and up
+  float* y;           // [rows, outputs]
+  size_t outputs;
+
+  size_t blocks() const { return inputs / kBlock; }
+  size_t panels_per_output() const { return gate == Gate::kNone ? 1 : 2; }
+  // What is added to a code to store it: nibbles beside a minimum are stored as they are.
+  int32_t nibble_zero() const { return minimum.data == nullptr ? 8 : 0; }
+};
+
+// Activations ready for the product, tile after tile; a tile starts at its first row's place.
+struct Tiles {
+  int8_t* codes;   // [rows * inputs], rounded
+  float* values;   // the same, not rounded; the other is null
+  float* scale;    // [rows * blocks]
+  float* sum;      // [rows * blocks] of the values that the product sees
+  int32_t* start;  // [rows * blocks]: where the integer sum starts, to end without the codes' offsets
+};
+
+// The part that is compiled for each instruction set. Rows are handed out in stripes of `stripe` (fewer at the end),
+// outputs in groups of 16.
+struct LinearKernels {
+  size_t stripe;
+  void (*prepare)(const LinearArgs&, const Tiles&, size_t stripe);
+  void (*multiply)(const LinearArgs&, const Tiles&, size_t first_group, size_t last_group, size_t first_stripe,
+                   size_t last_stripe);
+};
+
+}  // namespace jaxopt

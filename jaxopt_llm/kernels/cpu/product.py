@@ -1,0 +1,45 @@
+"""The product with panels, as a call of the C++ kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxopt_llm.kernels.cpu import library
+from jaxopt_llm.kernels.cpu.panels import Panels
+
+_GATES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}  # as `enum class Gate`
+
+
+def product(
+    x: Float[Array, "M I"],
+    w: Panels,
+    *,
+    bias: Float[Array, "panels 16"] | None = None,
+    gain: Float[Array, "I"] | None = None,
+    eps: float = 0.0,
+    gate: str | None = None,
+) -> Float[Array, "M O"]:
+    """`norm(x) @ w.T + bias`, or with `gate` the activated first half of that times the second.
+
+    A row of the result has the same bits whatever rows stand beside it and however many threads work.
+    """
+    library.load()
+    outputs = w.rows if gate is None else w.rows // 2
+    call = jax.ffi.ffi_call("jaxopt_linear", jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32))
+    return call(
+        x.astype(jnp.float32),
+        w.codes,
+        w.scale,
+        _or_empty(w.minimum),
+        _or_empty(bias),
+        _or_empty(gain),
+        eps=np.float32(eps),
+        bits=np.int32(w.bits),
+        round=w.round,
+        gate=np.int32(_GATES[gate]),
+    ).astype(x.dtype)
+
+
+def _or_empty(a: Array | None) -> Array:
+    return jnp.zeros(0) if a is None else a

@@ -1,0 +1,156 @@
+// Vectors of 16 lanes on AVX2 with FMA and F16C: pairs of registers. See simd_avx512.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "unroll.h"
+
+namespace {
+namespace simd {
+
+constexpr const char* kName = "avx2";
+constexpr int kTileRows[] = {4, 2, 1};
+
+struct F32 {
+  __m256 a, b;
+};
+struct I32 {
+  __m256i a, b;
+};
+
+inline F32 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline F32 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline I32 broadcast(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, F32 x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+inline __m128i load_eight_halves(const uint16_t* p) { return _mm_loadu_si128((const __m128i*)p); }
+inline F32 load_f16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(load_eight_halves(p)), _mm256_cvtph_ps(load_eight_halves(p + 8))};
+}
+inline __m256 widen_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_eight_halves(p)), 16));
+}
+inline F32 load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+
+inline F32 add(F32 x, F32 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline F32 sub(F32 x, F32 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline F32 mul(F32 x, F32 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F32 div(F32 x, F32 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline F32 fma(F32 x, F32 y, F32 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline F32 min(F32 x, F32 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline F32 max(F32 x, F32 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline float reduce_add(F32 x) {
+  const __m256 eight = _mm256_add_ps(x.a, x.b);
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+inline float reduce_max(F32 x) {
+  const __m256 eight = _mm256_max_ps(x.a, x.b);
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
+inline F32 to_float(I32 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline I32 round(F32 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline __m256 power_of_two(__m256i n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+inline F32 times_power_of_two(F32 x, I32 n) { return mul(x, {power_of_two(n.a), power_of_two(n.b)}); }
+
+inline I32 add(I32 x, I32 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline __m256i clip(__m256i x, int32_t limit) {
+  return _mm256_max_epi32(_mm256_min_epi32(x, _mm256_set1_epi32(limit)), _mm256_set1_epi32(-limit));
+}
+inline I32 clip(I32 x, int32_t limit) { return {clip(x.a, limit), clip(x.b, limit)}; }
+inline int32_t reduce_add(I32 x) {
+  const __m256i eight = _mm256_add_epi32(x.a, x.b);
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+inline __m256i magnitudes(F32 x) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  return _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(x.a), mask),
+                          _mm256_and_si256(_mm256_castps_si256(x.b), mask));
+}
+inline float max_magnitude(F32 x, F32 y) {
+  const __m256i eight = _mm256_max_epi32(magnitudes(x), magnitudes(y));
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+  return _mm_cvtss_f32(_mm_castsi128_ps(four));
+}
+inline void store_bytes(int8_t* p, I32 x) {  // the lanes fit in a byte
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+  const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(low, high));
+}
+
+struct Codes {
+  __m256i a, b;
+};
+// Signed codes beside their magnitudes: the product of unsigned with signed bytes saturates beyond 128 x 127 x 2.
+struct Bytes {
+  __m256i a, b, magnitude_a, magnitude_b;
+};
+struct Nibbles {
+  __m256i a, b;
+};
+
+inline Codes load_codes(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+inline Bytes bytes(Codes c) {
+  const __m256i sign = _mm256_set1_epi8(-128);
+  const __m256i a = _mm256_xor_si256(c.a, sign), b = _mm256_xor_si256(c.b, sign);
+  return {a, b, _mm256_abs_epi8(a), _mm256_abs_epi8(b)};
+}
+inline Nibbles low_nibbles(Codes c) {
+  const __m256i mask = _mm256_set1_epi8(0xf);
+  return {_mm256_and_si256(c.a, mask), _mm256_and_si256(c.b, mask)};
+}
+inline Nibbles high_nibbles(Codes c) {
+  return low_nibbles({_mm256_srli_epi16(c.a, 4), _mm256_srli_epi16(c.b, 4)});
+}
+
+constexpr int32_t kByteZero = 0;
+
+inline __m256i four_inputs(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+inline __m256i add_products(__m256i sum, __m256i unsigned_codes, __m256i x) {
+  const __m256i pairs = _mm256_maddubs_epi16(unsigned_codes, x);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline I32 dot(I32 sum, Bytes w, const int8_t* x) {
+  const __m256i four = four_inputs(x);
+  return {add_products(sum.a, w.magnitude_a, _mm256_sign_epi8(four, w.a)),
+          add_products(sum.b, w.magnitude_b, _mm256_sign_epi8(four, w.b))};
+}
+inline I32 dot(I32 sum, Nibbles w, const int8_t* x) {
+  const __m256i four = four_inputs(x);
+  return {add_products(sum.a, w.a, four), add_products(sum.b, w.b, four)};
+}
+
+inline __m256 signed_code(__m256i v, int j) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * j), 24));
+}
+inline F32 code(Bytes w, int j) { return {signed_code(w.a, j), signed_code(w.b, j)}; }
+inline F32 code(Nibbles w, int j, int32_t zero) {
+  const __m256 offset = _mm256_set1_ps(zero);
+  return {_mm256_sub_ps(signed_code(w.a, j), offset), _mm256_sub_ps(signed_code(w.b, j), offset)};
+}
+
+}  // namespace simd
+}  // namespace

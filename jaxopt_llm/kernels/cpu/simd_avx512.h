@@ -1,0 +1,106 @@
+// Vectors of 16 lanes on AVX-512 with VNNI.
+//
+// Every simd_*.h gives the same names, each in its own translation unit; the kernels are written over them.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "unroll.h"
+
+namespace {
+namespace simd {
+
+constexpr const char* kName = "avx512_vnni";
+
+// Rows that a register tile may hold, largest first: two accumulators a row, in 32 registers.
+constexpr int kTileRows[] = {12, 8, 4, 2, 1};
+
+using F32 = __m512;
+using I32 = __m512i;
+
+inline F32 zero() { return _mm512_setzero_ps(); }
+inline F32 broadcast(float x) { return _mm512_set1_ps(x); }
+inline I32 broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
+inline F32 load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline F32 load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+
+inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+// Where one is NaN these give `b`.
+inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+inline float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
+inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
+
+inline F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
+inline I32 round(F32 x) { return _mm512_cvtps_epi32(x); }  // half to even
+inline F32 times_power_of_two(F32 x, I32 n) { return _mm512_scalef_ps(x, _mm512_cvtepi32_ps(n)); }
+
+inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+inline I32 clip(I32 x, int32_t limit) {
+  return _mm512_max_epi32(_mm512_min_epi32(x, broadcast(limit)), broadcast(-limit));
+}
+inline int32_t reduce_add(I32 x) { return _mm512_reduce_add_epi32(x); }
+// Max |x| over the lanes of both. Integers order as the magnitudes they spell, and so NaN is the largest.
+inline float max_magnitude(F32 a, F32 b) {
+  const I32 mask = broadcast(0x7fffffff);
+  const I32 x = _mm512_and_si512(_mm512_castps_si512(a), mask), y = _mm512_and_si512(_mm512_castps_si512(b), mask);
+  const int32_t bits = _mm512_reduce_max_epi32(_mm512_max_epi32(x, y));
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+// The lanes' low bytes.
+inline void store_bytes(int8_t* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
+
+// 64 codes: four inputs of 16 outputs.
+struct Codes {
+  __m512i v;
+};
+struct Bytes {
+  __m512i v;
+};
+struct Nibbles {
+  __m512i v;
+};
+
+inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes bytes(Codes c) { return {c.v}; }
+inline Nibbles low_nibbles(Codes c) { return {_mm512_and_si512(c.v, _mm512_set1_epi8(0xf))}; }
+inline Nibbles high_nibbles(Codes c) {
+  return {_mm512_and_si512(_mm512_srli_epi16(c.v, 4), _mm512_set1_epi8(0xf))};
+}
+
+// What `dot` of bytes sees in place of the code 0.
+constexpr int32_t kByteZero = 128;
+
+inline I32 four_inputs(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  return broadcast(four);
+}
+// Each lane adds the products of its four codes with the same four activations.
+inline I32 dot(I32 sum, Bytes w, const int8_t* x) { return _mm512_dpbusd_epi32(sum, w.v, four_inputs(x)); }
+inline I32 dot(I32 sum, Nibbles w, const int8_t* x) { return _mm512_dpbusd_epi32(sum, w.v, four_inputs(x)); }
+
+// The code of input `j` of four, less `zero`, exact.
+inline F32 code(__m512i v, int j, int32_t zero) {
+  const I32 byte = _mm512_and_si512(_mm512_srli_epi32(v, 8 * j), broadcast(0xff));
+  return to_float(_mm512_sub_epi32(byte, broadcast(zero)));
+}
+inline F32 code(Bytes w, int j) { return code(w.v, j, 128); }
+inline F32 code(Nibbles w, int j, int32_t zero) { return code(w.v, j, zero); }
+
+}  // namespace simd
+}  // namespace

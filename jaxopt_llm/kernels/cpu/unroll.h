@@ -1,0 +1,8 @@
+// Before a loop whose arrays are to live in registers.
+#pragma once
+
+#if defined(__clang__)
+#define JAXOPT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define JAXOPT_UNROLL _Pragma("GCC unroll 16")
+#endif
