@@ -24,7 +24,7 @@ FLOORS = (
 FLOOR = {package: height for height, packages in enumerate(FLOORS) for package in packages}
 PUBLIC_NAMES = FLOOR["serve"]  # `import jaxopt_llm`, or a name from it, reaches this high
 PROGRAMS = "jaxopt_llm.configs.launch."  # whole programs, such as a user writes: nothing imports them
-HOST_ONLY = {"jaxopt_llm.engine.scheduler"}
+HOST_ONLY = {f"jaxopt_llm.engine.{name}" for name in ("pages", "plan", "scheduler")}
 
 
 def sources() -> dict[str, Path]:

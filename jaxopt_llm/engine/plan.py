@@ -1,0 +1,163 @@
+"""What the scheduler is asked for and what it answers: `Request` in, `Plan` out. Host only."""
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+
+class Status(enum.Enum):
+    """Where a request is."""
+
+    WAITING = enum.auto()  # holds nothing
+    RUNNING = enum.auto()  # holds a slot and pages
+    PREEMPTED = enum.auto()  # not planned any more; waits again once its steps in flight are over
+    ENDED = enum.auto()  # not planned any more; holds what it held until its steps in flight are over
+
+
+@dataclasses.dataclass(eq=False, kw_only=True, slots=True)
+class Request:
+    """One sequence on its way through the scheduler. The first seven fields are the caller's, the rest only to read.
+
+    Attributes:
+      id: the caller's name for it.
+      prompt: token ids, one at least.
+      max_tokens: most tokens to generate; 0 for a forward over the prompt alone.
+      priority: requests of a lower number go first.
+      cache_key: what its keys and values depend on beside its tokens, such as an adapter's name; only requests with
+        the same one share pages.
+      reuse: look for its prefix in the pages of others. Off where something is wanted of every position.
+      drafts: None for a request that is planned ahead of its tokens. Otherwise it is planned only when its last token
+        is known, and its next step verifies these; empty where nothing is guessed, but the last token must be known
+        to go on (a grammar's mask). `Scheduler.complete` empties them, as they followed an older token.
+
+      status: where it is.
+      tokens: the prompt, and the tokens generated as far as they are known.
+      arrival: counts requests in the order they were added.
+      slot: row of the device's state.
+      computed: tokens whose keys and values are in pages once the steps planned so far are over.
+      prefill: tokens that were known when it was admitted: those the host feeds.
+      cached_tokens: of the prompt, found in pages when it was first admitted.
+      preemptions: how often.
+      in_flight: plans that include it and are not completed.
+      verifying: a plan in flight has drafts of it, so that `computed` may yet go down.
+      chain: digests of its full pages.
+      registered: leading pages that others may find.
+    """
+
+    id: int | str
+    prompt: Sequence[int]
+    max_tokens: int
+    priority: int = 0
+    cache_key: str = ""
+    reuse: bool = True
+    drafts: Sequence[int] | None = None
+
+    status: Status = dataclasses.field(default=Status.WAITING, init=False)
+    tokens: list[int] = dataclasses.field(init=False, repr=False)
+    arrival: int | None = dataclasses.field(default=None, init=False)
+    slot: int | None = dataclasses.field(default=None, init=False)
+    computed: int = dataclasses.field(default=0, init=False)
+    prefill: int = dataclasses.field(default=0, init=False)
+    cached_tokens: int = dataclasses.field(default=0, init=False)
+    preemptions: int = dataclasses.field(default=0, init=False)
+    in_flight: int = dataclasses.field(default=0, init=False)
+    verifying: bool = dataclasses.field(default=False, init=False)
+    chain: list[bytes] = dataclasses.field(default_factory=list, init=False, repr=False)
+    registered: int = dataclasses.field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def output(self) -> list[int]:
+        """Tokens generated, as far as they are known."""
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def target(self) -> int:
+        """Tokens to compute in all. The last one generated is never fed back."""
+        return len(self.prompt) + max(self.max_tokens - 1, 0)
+
+    @property
+    def left(self) -> int:
+        """Tokens still to plan."""
+        return self.target - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its next token is one that the device sampled."""
+        return self.computed >= self.prefill
+
+    @property
+    def held(self) -> bool:
+        """Whether a step in flight must be over before it is planned again."""
+        return self.in_flight > 0 and (self.verifying or self.drafts is not None)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: the lower one."""
+        assert self.arrival is not None, "requests are ordered once they are added"
+        return self.priority, self.arrival
+
+
+class Piece(NamedTuple):
+    """What a plan does for one request.
+
+    Attributes:
+      request: whose.
+      slot: row of the device's state.
+      start: position of the first token.
+      length: tokens fed at once.
+      limit: most tokens that come of it: 0 for a chunk that is not the prompt's last; more than 1 for drafts, and
+        where the dispatch takes several steps, of which a slot takes so many.
+      decodes: the first token is the one that the slot sampled last, the others are `drafts`. Otherwise the host
+        feeds `request.tokens[start : start + length]`.
+      drafts: guesses to verify.
+    """
+
+    request: Request
+    slot: int
+    start: int
+    length: int
+    limit: int
+    decodes: bool
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def samples(self) -> bool:
+        """Whether its last token is sampled."""
+        return self.limit > 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """One dispatch. The device runs plans in the order they were made.
+
+    Attributes:
+      pieces: decodes, then chunks of prompts; each slot once.
+      steps: of decoding, 1 or `SchedulerConfig.decode_steps`: a slot takes part in the first `limit` of them, and must
+        not write to pages in the others.
+      page_table: `[G, R, P]`, a snapshot that later plans leave alone; the same array as the plan before's where
+        nothing changed. Entries that a piece neither reads nor writes are other slots' pages.
+    """
+
+    pieces: tuple[Piece, ...]
+    steps: int
+    page_table: Int32[np.ndarray, "G R P"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """Counts at one moment, pages a kind; the last two since the start."""
+
+    waiting: int
+    running: int
+    pages_used: tuple[int, ...]
+    pages_cached: tuple[int, ...]
+    pages_free: tuple[int, ...]
+    prefix_hit_tokens: int
+    preemptions: int

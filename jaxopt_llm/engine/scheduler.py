@@ -1,0 +1,370 @@
+"""Which requests take part in the next step: continuous batching over pages. Host only, and deterministic.
+
+The device runs one plan while the host makes the next, so plans count tokens before their values are known:
+
+    plan = scheduler.schedule()          # counts on
+    ...                                  # dispatch it; then wait for the plan before
+    scheduler.complete(before, tokens)   # values; corrects counts where fewer tokens came than planned
+    scheduler.finish(request)            # a stop token or string: the caller decides
+
+One rule keeps pages safe: what a request holds is given back only when no plan in flight includes it. `finish`,
+`cancel` and preemption therefore only stop it from being planned (`Status`), and `_settle` gives back. Pages behind a
+window go back by the same rule: when the last plan that reads them completes.
+
+It cannot get stuck: the running request that goes first takes pages from the others, one at a time, until it has
+what it needs; `add` refuses requests that do not fit alone.
+"""
+
+import bisect
+import dataclasses
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+
+from jaxopt_llm.engine.pages import PageTables, extend_chain
+from jaxopt_llm.engine.plan import Metrics, Piece, Plan, Request, Status
+
+MAX_IN_FLIGHT = 2  # one that runs, one that follows it at once
+_ORDER = attrgetter("order")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Sizes.
+
+    Attributes:
+      max_slots: requests that run at once, R.
+      page_size: tokens a page.
+      num_pages: pages of each kind of attention.
+      windows: each kind's window, None for full attention; as `ModelConfig.window_kinds`.
+      max_tokens_per_step: tokens fed in one step at most; longer prompts go in chunks.
+      max_seq_len: most tokens of a sequence, prompt and output.
+      decode_steps: steps a dispatch when every request decodes and none waits.
+    """
+
+    max_slots: int
+    page_size: int
+    num_pages: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    max_tokens_per_step: int
+    max_seq_len: int
+    decode_steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("max_slots", "page_size", "max_seq_len", "decode_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.windows or len(self.num_pages) != len(self.windows):
+            raise ValueError(f"num_pages={self.num_pages} must have one entry for each of {self.windows=}")
+        if min(self.num_pages) < 1 or any(w is not None and w < 1 for w in self.windows):
+            raise ValueError(f"num_pages={self.num_pages} and windows={self.windows} must be at least 1 each")
+        if self.max_tokens_per_step < self.max_slots:
+            raise ValueError(
+                f"max_tokens_per_step={self.max_tokens_per_step} must be at least max_slots={self.max_slots}, "
+                "so that every slot can decode in every step"
+            )
+
+
+class Scheduler:
+    """Requests that wait and run, and what they hold."""
+
+    def __init__(self, config: SchedulerConfig):
+        self.config = config
+        self._tables = PageTables(
+            num_pages=config.num_pages,
+            windows=config.windows,
+            page_size=config.page_size,
+            max_slots=config.max_slots,
+            max_seq_len=config.max_seq_len,
+        )
+        self._slots = list(range(config.max_slots))  # a heap: low ones first, so that few rows are in use
+        self._waiting: list[Request] = []  # by `order`, as `_running`
+        self._running: list[Request] = []
+        self._leaving: list[Request] = []  # preempted or ended, with plans in flight
+        self._in_flight: deque[Plan] = deque()
+        self._arrivals = itertools.count()
+        self._prefix_hit_tokens = self._preemptions = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to plan and nothing to complete."""
+        return not (self._waiting or self._running or self._in_flight)
+
+    @property
+    def metrics(self) -> Metrics:
+        pools = self._tables.pools
+        return Metrics(
+            waiting=len(self._waiting),
+            running=len(self._running),
+            pages_used=tuple(pool.used for pool in pools),
+            pages_cached=tuple(pool.cached for pool in pools),
+            pages_free=tuple(pool.free for pool in pools),
+            prefix_hit_tokens=self._prefix_hit_tokens,
+            preemptions=self._preemptions,
+        )
+
+    def add(self, request: Request) -> None:
+        """Takes a request in.
+
+        Raises:
+          ValueError: if it is empty, was added before, or could never run.
+        """
+        config, length = self.config, len(request.prompt)
+        if request.arrival is not None:
+            raise ValueError(f"request {request.id} was added before; make a new one")
+        if not length or request.max_tokens < 0:
+            raise ValueError(
+                f"request {request.id} has {length} prompt tokens and max_tokens={request.max_tokens}; "
+                "give at least one token, and no negative max_tokens"
+            )
+        if length + request.max_tokens > config.max_seq_len:
+            raise ValueError(
+                f"request {request.id} has {length} prompt tokens and max_tokens={request.max_tokens}, "
+                f"together more than max_seq_len={config.max_seq_len}; shorten one of them"
+            )
+        for window, peak, count in zip(
+            config.windows, self._tables.peak(request.target), config.num_pages, strict=True
+        ):
+            if peak > count:
+                raise ValueError(
+                    f"request {request.id} needs {peak} pages of {config.page_size} tokens ({window=}) and there are "
+                    f"{count}; shorten its {length} prompt tokens or max_tokens={request.max_tokens}"
+                )
+        request.arrival = next(self._arrivals)
+        bisect.insort(self._waiting, request, key=_ORDER)
+
+    def finish(self, request: Request) -> None:
+        """Ends a request wherever it is; tokens of it in flight are dropped. Nothing happens if it has ended."""
+        if request.arrival is None:
+            raise ValueError(f"request {request.id} was never added")
+        if request.status is Status.ENDED:
+            return
+        if request.status is Status.WAITING:
+            self._waiting.remove(request)
+        else:
+            self._leave(request)
+        request.status = Status.ENDED
+        self._settle(request)
+
+    def cancel(self, request: Request) -> None:
+        """As `finish`: whatever the reason, the same happens."""
+        self.finish(request)
+
+    def forget_prefixes(self) -> None:
+        """No page computed so far is shared with later requests: the weights have changed."""
+        self._tables.forget()
+        for request in self._running + self._leaving:
+            request.registered = request.target  # more than it will have pages: what it holds is part old
+
+    def schedule(self) -> Plan | None:
+        """The next step's work; None where there is nothing, or nothing before a plan in flight completes.
+
+        Raises:
+          ValueError: with `MAX_IN_FLIGHT` plans in flight.
+        """
+        if len(self._in_flight) == MAX_IN_FLIGHT:
+            raise ValueError(f"{MAX_IN_FLIGHT} plans are in flight; complete one first")
+        steps = self._steps()
+        pieces = self._decodes(steps)
+        prefills = self._prefills(self.config.max_tokens_per_step - sum(piece.length for piece in pieces))
+        # Only now, as one step's pieces may not read each other's pages; the next plan runs after this one.
+        for piece in prefills:
+            self._register(piece.request, piece.start + piece.length)
+        pieces += prefills
+        if not pieces:
+            return None
+        plan = Plan(pieces=tuple(pieces), steps=steps, page_table=self._tables.snapshot())
+        self._in_flight.append(plan)
+        return plan
+
+    def complete(self, plan: Plan, tokens: Sequence[Sequence[int]]) -> None:
+        """Takes in what a plan gave. A request with `max_tokens` tokens ends.
+
+        Args:
+          plan: the oldest in flight.
+          tokens: for each piece, the tokens that came of it: at most `limit`. Fewer where a stop token ended it (then
+            `finish` it before the next plan that includes it completes), or where drafts were rejected: one more than
+            were accepted.
+
+        Raises:
+          ValueError: if they do not belong to each other, or a request goes on past where it ended.
+        """
+        if not self._in_flight or plan is not self._in_flight[0]:
+            raise ValueError("this plan is not the oldest in flight; complete plans in order")
+        if len(tokens) != len(plan.pieces):
+            raise ValueError(
+                f"{len(tokens)} lists of tokens for {len(plan.pieces)} pieces; give one for each"
+            )
+        for piece, sampled in zip(plan.pieces, tokens, strict=True):
+            _check(piece, sampled)
+        self._in_flight.popleft()
+        for piece, sampled in zip(plan.pieces, tokens, strict=True):
+            piece.request.in_flight -= 1
+            if piece.request.status is not Status.ENDED:
+                self._record(piece, sampled)
+            self._settle(piece.request)
+
+    def _steps(self) -> int:
+        """How many steps the next dispatch takes: 1, unless all that run just decode and have the pages to go on."""
+        ready = [request for request in self._running if request.left]
+        if self._waiting or any(request.status is Status.PREEMPTED for request in self._leaving):
+            return 1
+        if not all(
+            request.decoding and request.drafts is None and not request.verifying for request in ready
+        ):
+            return 1
+        ahead = [(request, min(self.config.decode_steps, request.left)) for request in ready]
+        if max((steps for _, steps in ahead), default=1) == 1:
+            return 1
+        lacking = sum(
+            self._tables.lacks(_slot(request), request.computed + steps) for request, steps in ahead
+        )
+        return self.config.decode_steps if lacking <= self._tables.available else 1
+
+    def _decodes(self, steps: int) -> list[Piece]:
+        ready = [
+            request for request in self._running if request.decoding and request.left and not request.held
+        ]
+        # Half of what is left, so that prompts go on beside them.
+        guesses = (self.config.max_tokens_per_step - len(ready)) // 2
+        pieces: list[Piece] = []
+        for request in ready:
+            want = min(steps, request.left)
+            if request.drafts:
+                want = min(1 + len(request.drafts), 1 + guesses, request.left)
+            room = self._room(request, request.computed + want)
+            if room:
+                drafts = tuple(request.drafts[: room - 1]) if request.drafts else ()
+                guesses -= len(drafts)
+                pieces.append(self._piece(request, 1 + len(drafts), room, drafts))
+        return pieces
+
+    def _prefills(self, budget: int) -> list[Piece]:
+        begun = [request for request in self._running if not request.decoding]
+        requests = itertools.chain(begun, self._admissions())
+        pieces: list[Piece] = []
+        while budget > 0 and (request := next(requests, None)):
+            length = self._room(request, min(request.prefill, request.computed + budget))
+            if length:
+                last = request.computed + length == request.prefill
+                pieces.append(self._piece(request, length, int(last and request.max_tokens > 0)))
+                budget -= length
+        return pieces
+
+    def _piece(self, request: Request, length: int, limit: int, drafts: tuple[int, ...] = ()) -> Piece:
+        decodes = request.decoding
+        piece = Piece(request, _slot(request), request.computed, length, limit, decodes, drafts)
+        request.computed += limit if decodes else length
+        request.verifying = bool(drafts)
+        request.in_flight += 1
+        return piece
+
+    def _admissions(self) -> Iterator[Request]:
+        """Requests that start to run, strictly in order: nobody overtakes one that waits for a slot or pages."""
+        while self._waiting and self._slots and self._admit(self._waiting[0]):
+            yield self._waiting.pop(0)
+
+    def _admit(self, request: Request) -> bool:
+        known, page_size = len(request.tokens), self.config.page_size
+        extend_chain(request.chain, request.tokens, page_size=page_size, key=request.cache_key)
+        shareable = (known - 1) // page_size if request.reuse else 0  # its last token must give logits
+        hit = self._tables.admit(self._slots[0], request.chain[:shareable], known)
+        if hit is None:
+            return False
+        request.slot = heapq.heappop(self._slots)
+        request.status = Status.RUNNING
+        request.registered, request.computed, request.prefill = hit, hit * page_size, known
+        if not request.preemptions:
+            request.cached_tokens = request.computed
+        self._prefix_hit_tokens += request.computed
+        bisect.insort(self._running, request, key=_ORDER)
+        return True
+
+    def _room(self, request: Request, tokens: int) -> int:
+        """Takes pages for a request's first `tokens` tokens; how many of those to compute have room, 0 if it waits."""
+        while request.status is Status.RUNNING:
+            room = self._tables.grow(_slot(request), tokens) - request.computed
+            if room > 0:
+                return room
+            if not self._make_room(request):
+                break
+        return 0
+
+    def _make_room(self, request: Request) -> bool:
+        """Preempts the last of those that run, where that helps `request` at once."""
+        coming = self._leaving or any(other.left == 0 for other in self._running)
+        if coming or (self._tables.windowed and request.in_flight):
+            return False  # steps in flight will give pages back: nobody needs to leave for now
+        victim = self._running[-1]
+        if victim is request:
+            return False  # it keeps what it has and goes on when others end, or leaves when they need it
+        self._preempt(victim)
+        return not victim.in_flight
+
+    def _preempt(self, request: Request) -> None:
+        self._leave(request)
+        request.status = Status.PREEMPTED
+        request.preemptions += 1
+        self._preemptions += 1
+        self._settle(request)
+
+    def _leave(self, request: Request) -> None:
+        """Off the running ones; nothing is given back yet."""
+        if request.status is Status.RUNNING:
+            self._running.remove(request)
+            self._leaving.append(request)
+
+    def _settle(self, request: Request) -> None:
+        """Gives back what a request holds that left, once no plan in flight includes it."""
+        if request.slot is None or request.status is Status.RUNNING or request.in_flight:
+            return
+        self._leaving.remove(request)
+        self._tables.release(request.slot)
+        heapq.heappush(self._slots, request.slot)
+        request.slot = None
+        if request.status is Status.PREEMPTED:
+            request.status = Status.WAITING
+            request.computed = 0
+            bisect.insort(self._waiting, request, key=_ORDER)
+
+    def _record(self, piece: Piece, sampled: Sequence[int]) -> None:
+        request = piece.request
+        reached = piece.start + (len(sampled) if piece.decodes else piece.length)
+        request.tokens.extend(sampled)
+        if sampled and request.drafts:
+            request.drafts = ()
+        if not request.in_flight:
+            request.computed, request.verifying = reached, False
+        self._register(request, reached)
+        self._tables.advance(_slot(request), reached)
+        if reached == request.target:
+            self.finish(request)
+
+    def _register(self, request: Request, tokens: int) -> None:
+        """Lets the full pages of a request's first `tokens` tokens, whose values are known, be found."""
+        full = tokens // self.config.page_size
+        if full > request.registered:
+            extend_chain(
+                request.chain, request.tokens, page_size=self.config.page_size, key=request.cache_key
+            )
+            self._tables.register(_slot(request), request.chain, request.registered, full)
+            request.registered = full
+
+
+def _slot(request: Request) -> int:
+    assert request.slot is not None, "only what runs has a slot"
+    return request.slot
+
+
+def _check(piece: Piece, sampled: Sequence[int]) -> None:
+    request = piece.request
+    if len(sampled) > piece.limit:
+        raise ValueError(f"request {request.id} got {len(sampled)} tokens and its limit was {piece.limit}")
+    known = piece.start + piece.length - len(piece.drafts)
+    if sampled and request.status is not Status.ENDED and known != len(request.tokens):
+        raise ValueError(
+            f"request {request.id} has {len(request.tokens)} tokens and was planned on from {known}: "
+            "it ended early and was not finished; call finish"
+        )
