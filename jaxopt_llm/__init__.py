@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxopt_llm.checkpoints import load, save
-    from jaxopt_llm.engine import Generator, Result, SamplingParams, generate
+    from jaxopt_llm.engine import Engine, EngineConfig, Result, SamplingParams, generate
     from jaxopt_llm.kernels import QArray
     from jaxopt_llm.models import Batch, ModelConfig, Transformer, apply, capture, from_params
     from jaxopt_llm.quantize import quantize
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 # Found when first asked for, so that `jaxopt-llm --help` and `import jaxopt_llm` load no JAX.
 _HOMES = {
     "checkpoints": ("load", "save"),
-    "engine": ("Generator", "Result", "SamplingParams", "generate"),
+    "engine": ("Engine", "EngineConfig", "Result", "SamplingParams", "generate"),
     "kernels": ("QArray",),
     "models": ("Batch", "ModelConfig", "Transformer", "apply", "capture", "from_params"),
     "quantize": ("quantize",),
@@ -36,7 +36,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Batch",
-    "Generator",
+    "Engine",
+    "EngineConfig",
     "MeshSpec",
     "ModelConfig",
     "QArray",

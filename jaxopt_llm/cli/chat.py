@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from jaxopt_llm.cli.flags import DTYPE, MESH, MODEL, QUANTIZE, SAMPLING
 from jaxopt_llm.cli.loading import load
-from jaxopt_llm.engine import Generator, SamplingParams
+from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
 
 with contextlib.suppress(ImportError):  # not on every system
     import readline  # noqa: F401 - `input` then edits lines and remembers them
@@ -22,7 +22,7 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
 def main(argv: Sequence[str]) -> None:
     params = SamplingParams(**SAMPLING.value)
     model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
-    conversation = Conversation(Generator(model, tokenizer), params)
+    conversation = Conversation(Engine(model, tokenizer, EngineConfig(max_slots=1)), params)
     _say(_HELP)
     while (line := _read()) is not None:
         match line.strip():
@@ -46,11 +46,11 @@ class Conversation:
       ValueError: if the model has no chat template.
     """
 
-    def __init__(self, generator: Generator, params: SamplingParams):
+    def __init__(self, engine: Engine, params: SamplingParams):
         self.messages: list[dict[str, str]] = []
-        self._generator, self._params = generator, params
-        self._context = generator.config.max_seq_len
-        generator.encode([{"role": "user", "content": "Hello"}])  # refuses a model that cannot chat
+        self._engine, self._params = engine, params
+        self._context = engine.model_config.max_seq_len
+        engine.encode([{"role": "user", "content": "Hello"}])  # refuses a model that cannot chat
 
     def answer(self, message: str) -> None:
         """Prints the answer to a message as it comes; Ctrl-C ends it where it is."""
@@ -61,23 +61,25 @@ class Conversation:
             _say(f"the message leaves no room for an answer in {self._context} tokens of context; shorten it")
             return
         pieces: list[str] = []
+        stream = self._engine.submit(ids, self._params)
         try:
-            for chunk in self._generator.stream(ids, self._params):
+            for chunk in stream:
                 pieces.append(chunk.text)
                 print(chunk.text, end="", flush=True)
                 if chunk.result and chunk.result.finish_reason == "length":
                     print(" ...", end="")
         except KeyboardInterrupt:
+            stream.cancel()
             print(" (stopped)", end="")
         print(flush=True)
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _fit(self) -> list[int] | None:
         """The conversation's tokens, its oldest turns dropped until an answer has room; None if it never has."""
-        assert self._generator.tokenizer
+        assert self._engine.tokenizer
         room = min(self._params.max_tokens, self._context // 4)
         while True:
-            ids = self._generator.tokenizer.encode_chat(self.messages)
+            ids = self._engine.tokenizer.encode_chat(self.messages)
             if len(ids) + room <= self._context:
                 return ids
             if len(self.messages) == 1:

@@ -1,7 +1,6 @@
 """Continue a prompt or, with --chat, answer it.
 
-The text goes to stdout as it comes, token counts and times to stderr. The times leave out compilation: a short
-first pass compiles the programs that the second, timed one runs.
+The text goes to stdout as it comes, token counts and times to stderr. Programs are compiled before the times start.
 """
 
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import CHAT, DTYPE, JSON, LOGPROBS, MESH, MODEL, PROMPT, QUANTIZE, SAMPLING
 from jaxopt_llm.cli.loading import load
-from jaxopt_llm.engine import Generator, Prompt, Result, SamplingParams
+from jaxopt_llm.engine import Engine, EngineConfig, Prompt, Result, SamplingParams, encode
 from jaxopt_llm.text import Tokenizer
 
 
@@ -20,9 +19,14 @@ def main(argv: Sequence[str]) -> None:
     params = SamplingParams(**SAMPLING.value, logprobs=0 if LOGPROBS.value else None)
     model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
     prompt: Prompt = [{"role": "user", "content": PROMPT.value}] if CHAT.value else PROMPT.value
-    generator = Generator(model, tokenizer)
-    generator.warm_up(prompt, params)
-    result = stream(generator, prompt, params, quiet=JSON.value)
+    length = len(encode(prompt, tokenizer, model.config.vocab_size))
+    config = EngineConfig.fitting(model.config, requests=1, tokens=length + params.max_tokens)
+    engine = Engine(model, tokenizer, config)
+    engine.encode(prompt)  # refuses one that is too long before anything is compiled
+    engine.warm_up(prompt_tokens=length, rows=1, full=params.needs_full)
+    result = stream(engine, prompt, params, quiet=JSON.value)
+    if result.error:
+        raise ValueError(result.error)
     if JSON.value:
         show.json_line(report(result))
         return
@@ -32,9 +36,9 @@ def main(argv: Sequence[str]) -> None:
     print(_times(result), file=sys.stderr)
 
 
-def stream(generator: Generator, prompt: Prompt, params: SamplingParams, *, quiet: bool = False) -> Result:
+def stream(engine: Engine, prompt: Prompt, params: SamplingParams, *, quiet: bool = False) -> Result:
     """Prints an answer as it comes."""
-    for chunk in generator.stream(prompt, params):
+    for chunk in engine.submit(prompt, params):
         if not quiet:
             print(chunk.text, end="", flush=True)
         if chunk.result:

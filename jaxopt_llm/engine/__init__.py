@@ -1,7 +1,21 @@
 """Floor 4: from prompts to tokens."""
 
-from jaxopt_llm.engine.generator import Generator, generate
-from jaxopt_llm.engine.request import Chunk, Prompt, Result, TokenLogprob
+from jaxopt_llm.engine.config import EngineConfig
+from jaxopt_llm.engine.engine import Engine, Stream, generate
+from jaxopt_llm.engine.prompt import encode
+from jaxopt_llm.engine.request import Chunk, Prompt, Result, Score, TokenLogprob
 from jaxopt_llm.engine.sampling import SamplingParams
 
-__all__ = ["Chunk", "Generator", "Prompt", "Result", "SamplingParams", "TokenLogprob", "generate"]
+__all__ = [
+    "Chunk",
+    "Engine",
+    "EngineConfig",
+    "Prompt",
+    "Result",
+    "SamplingParams",
+    "Score",
+    "Stream",
+    "TokenLogprob",
+    "encode",
+    "generate",
+]

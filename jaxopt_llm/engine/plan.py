@@ -48,7 +48,7 @@ class Request:
       registered: leading pages that others may find.
     """
 
-    id: int | str
+    id: int
     prompt: Sequence[int]
     max_tokens: int
     priority: int = 0

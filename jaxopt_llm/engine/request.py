@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, Float
+
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -24,9 +27,11 @@ class Result:
     Attributes:
       text: the generated text, without stop string or special tokens; empty where there is no tokenizer.
       token_ids: every generated token, the one that ended it included.
-      finish_reason: `stop` (end of sequence, or a stop string) or `length`.
+      finish_reason: `stop` (end of sequence, or a stop string), `length`, `cancelled` or `error`.
       prompt_tokens: length of the prompt.
+      cached_tokens: of the prompt, whose keys and values were there from earlier requests.
       logprobs: one entry a token if asked for.
+      error: what went wrong, where `finish_reason` says so.
       ttft_ms: from the call to the first token.
       tpot_ms: mean time between later tokens; None with fewer than two.
     """
@@ -35,7 +40,9 @@ class Result:
     token_ids: list[int]
     finish_reason: str
     prompt_tokens: int
+    cached_tokens: int
     logprobs: list[TokenLogprob] | None
+    error: str | None
     ttft_ms: float
     tpot_ms: float | None
 
@@ -46,3 +53,16 @@ class Chunk:
 
     text: str
     result: Result | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """How likely a prompt is.
+
+    Attributes:
+      logprobs: of each token after the first, given those before it.
+      greedy: whether it is the likeliest there.
+    """
+
+    logprobs: Float[np.ndarray, "n"]
+    greedy: Bool[np.ndarray, "n"]

@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+TOP = 20  # best tokens whose log-probabilities are reported
+MOST_BIASES = 300  # tokens whose scores a request may shift
 _MASKED = -jnp.inf
 
 
@@ -29,7 +31,8 @@ class SamplingParams:
       seed: same seed, same tokens, whatever stands beside the request; None draws one.
       stop: strings that end the text; they are not part of it.
       ignore_eos: go on past end-of-sequence tokens.
-      logprobs: None, or how many of the best tokens to report beside each one chosen.
+      logprobs: None, or how many of the best tokens to report beside each one chosen, at most 20.
+      logit_bias: token ids to what is added to their scores; at most 300.
     """
 
     max_tokens: int = 256
@@ -44,6 +47,7 @@ class SamplingParams:
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -56,7 +60,7 @@ class SamplingParams:
             ("repetition_penalty", math.ulp(0), math.inf),
             ("presence_penalty", -math.inf, math.inf),
             ("frequency_penalty", -math.inf, math.inf),
-            ("logprobs", 0, 100),
+            ("logprobs", 0, TOP),
         )
         for name, low, high in rules:
             value = getattr(self, name)
@@ -66,8 +70,17 @@ class SamplingParams:
                 above = "more than 0" if low == math.ulp(0) else f"at least {low}"
                 limit = f" and at most {high}" if math.isfinite(high) else ""
                 raise ValueError(f"{name}={value} must be finite, {above}{limit}")
+        if len(self.logit_bias or {}) > MOST_BIASES:
+            raise ValueError(f"logit_bias has {len(self.logit_bias or {})} tokens; at most {MOST_BIASES}")
+        if not all(math.isfinite(shift) for shift in (self.logit_bias or {}).values()):
+            raise ValueError(f"logit_bias={self.logit_bias} must be finite")
         if "" in self.stop:
             raise ValueError("stop strings must not be empty")
+
+    @property
+    def needs_full(self) -> bool:
+        """Whether only the step's full program does what is asked for."""
+        return self.penalizes or bool(self.logit_bias) or self.logprobs is not None
 
     @property
     def penalizes(self) -> bool:
@@ -76,85 +89,86 @@ class SamplingParams:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SlotSampling:
-    """The settings of every slot, `[R]` each."""
+class RowSampling:
+    """The settings of every row of a step, `[B]` each."""
 
-    temperature: Float[Array, "R"]
-    top_k: Int[Array, "R"]
-    top_p: Float[Array, "R"]
-    min_p: Float[Array, "R"]
-    repetition: Float[Array, "R"]
-    presence: Float[Array, "R"]
-    frequency: Float[Array, "R"]
-    keys: Key[Array, "R"]
+    temperature: Float[Any, "B"]
+    top_k: Int[Any, "B"]
+    top_p: Float[Any, "B"]
+    min_p: Float[Any, "B"]
+    repetition_penalty: Float[Any, "B"]
+    presence_penalty: Float[Any, "B"]
+    frequency_penalty: Float[Any, "B"]
+    seed: UInt32[Any, "B"]
 
     @classmethod
-    def stack(cls, params: Sequence[SamplingParams]) -> Self:
-        column = lambda name, dtype: jnp.asarray([getattr(p, name) for p in params], dtype)
-        draw = np.random.default_rng()
-        seeds = [draw.integers(2**32) if p.seed is None else p.seed % 2**32 for p in params]
-        return cls(
-            temperature=column("temperature", jnp.float32),
-            top_k=column("top_k", jnp.int32),
-            top_p=column("top_p", jnp.float32),
-            min_p=column("min_p", jnp.float32),
-            repetition=column("repetition_penalty", jnp.float32),
-            presence=column("presence_penalty", jnp.float32),
-            frequency=column("frequency_penalty", jnp.float32),
-            keys=jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
-        )
+    def stack(cls, params: Sequence[SamplingParams], seeds: Sequence[int]) -> Self:
+        """On the host. `seeds` are the requests' own, drawn where `SamplingParams.seed` is None."""
+        column = lambda name: np.array([getattr(p, name) for p in params], np.float32)
+        floats = {
+            field.name: column(field.name)
+            for field in dataclasses.fields(cls)
+            if field.name not in ("top_k", "seed")
+        }
+        top_k = np.array([p.top_k for p in params], np.int32)
+        return cls(**floats, top_k=top_k, seed=np.array([seed % 2**32 for seed in seeds], np.uint32))
 
 
 def penalize(
-    logits: Float[Array, "R V"], seen: Bool[Array, "R V"], counts: Int[Array, "R V"], slots: SlotSampling
-) -> Float[Array, "R V"]:
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], counts: Int[Array, "B V"], rows: RowSampling
+) -> Float[Array, "B V"]:
     """Applies the three penalties.
 
     Args:
       logits: raw scores.
       seen: tokens of the prompt.
       counts: how often each token was generated.
-      slots: settings.
+      rows: settings.
     """
     repeated = seen | (counts > 0)
-    factor = slots.repetition[:, None]
+    factor = rows.repetition_penalty[:, None]
     scaled = jnp.where(logits > 0, logits / factor, logits * factor)
     logits = jnp.where(repeated, scaled, logits)
     times = counts.astype(jnp.float32)
-    return logits - slots.presence[:, None] * jnp.minimum(times, 1) - slots.frequency[:, None] * times
+    return (
+        logits
+        - rows.presence_penalty[:, None] * jnp.minimum(times, 1)
+        - rows.frequency_penalty[:, None] * times
+    )
 
 
-def sample(logits: Float[Array, "R V"], slots: SlotSampling, positions: Int[Array, "R"]) -> Int[Array, "R"]:
-    """One token a slot: the best where the temperature is 0, else drawn from what the filters leave.
+def sample(logits: Float[Array, "B V"], rows: RowSampling, positions: Int[Array, "B"]) -> Int[Array, "B"]:
+    """One token a row: the best where the temperature is 0, else drawn from what the filters leave.
 
-    The noise depends on a slot's seed and position alone, so neighbours cannot change its tokens.
+    The noise depends on a row's seed and position alone, so neighbours cannot change its tokens.
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
-        scaled = logits / jnp.where(slots.temperature > 0, slots.temperature, 1)[:, None]
-        keys = jax.vmap(jax.random.fold_in)(slots.keys, positions)
+        scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
+        key = lambda seed, position: jax.random.fold_in(jax.random.key(seed), position)
+        keys = jax.vmap(key)(rows.seed, positions)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[-1],)))(keys)
-        drawn = jnp.argmax(keep_likely(scaled, slots) + noise, axis=-1).astype(jnp.int32)
-        return jnp.where(slots.temperature > 0, drawn, best)
+        drawn = jnp.argmax(keep_likely(scaled, rows) + noise, axis=-1).astype(jnp.int32)
+        return jnp.where(rows.temperature > 0, drawn, best)
 
-    return jax.lax.cond(jnp.any(slots.temperature > 0), draw, lambda: best)
+    return jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: best)
 
 
-def keep_likely(logits: Float[Array, "R V"], slots: SlotSampling) -> Float[Array, "R V"]:
+def keep_likely(logits: Float[Array, "B V"], rows: RowSampling) -> Float[Array, "B V"]:
     """Scores of tokens outside top-k, then top-p, then min-p become -inf; the best token always stays."""
-    filters = (slots.top_k > 0) | (slots.top_p < 1) | (slots.min_p > 0)
-    return jax.lax.cond(jnp.any(filters), lambda: _keep_likely(logits, slots), lambda: logits)
+    filters = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
+    return jax.lax.cond(jnp.any(filters), lambda: _keep_likely(logits, rows), lambda: logits)
 
 
-def _keep_likely(logits: Array, slots: SlotSampling) -> Array:
+def _keep_likely(logits: Array, rows: RowSampling) -> Array:
     size = logits.shape[-1]
     ordered = jnp.sort(logits, axis=-1, descending=True)
-    count = jnp.where(slots.top_k > 0, jnp.minimum(slots.top_k, size), size)[:, None]
+    count = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, size), size)[:, None]
     ranked = jnp.where(jnp.arange(size)[None, :] < count, ordered, _MASKED)
     probs = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs  # what stands ahead of each token
-    kept = (before < slots.top_p[:, None]) & (probs >= slots.min_p[:, None] * probs[:, :1])
+    kept = (before < rows.top_p[:, None]) & (probs >= rows.min_p[:, None] * probs[:, :1])
     kept = (kept & (ranked > _MASKED)).at[:, 0].set(True)
     floor = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= floor, logits, _MASKED)

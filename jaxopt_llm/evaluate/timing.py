@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 
-from jaxopt_llm.engine import Generator, SamplingParams
+from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
 from jaxopt_llm.models import Transformer
 
 
@@ -50,15 +50,16 @@ def speed(
             f"{prompt_tokens=} and {output_tokens=} are more than the model's context of {context}; take fewer"
         )
     report = progress or (lambda done, total: None)
-    generator = Generator(model)
+    config = EngineConfig(max_slots=1, max_seq_len=prompt_tokens + output_tokens, prefix_cache=False)
+    engine = Engine(model, config=config)
     prompt = [i % model.config.vocab_size for i in range(prompt_tokens)]
     params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
     report(0, 1 + repeats)
-    generator.warm_up(prompt, params)
+    engine.warm_up(prompt_tokens=prompt_tokens, rows=1)
     results = []
     for run in range(repeats):
         report(1 + run, 1 + repeats)
-        results += generator.generate([prompt], params)
+        results += engine.generate([prompt], params)
     report(1 + repeats, 1 + repeats)
     return Speed(
         prefill_tokens_per_s=statistics.median(prompt_tokens * 1e3 / r.ttft_ms for r in results),

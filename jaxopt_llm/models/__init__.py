@@ -4,6 +4,7 @@ from jaxopt_llm.models.batch import Batch, Cache, init_cache
 from jaxopt_llm.models.captured import Captured, capture
 from jaxopt_llm.models.config import Experts, ModelConfig, Rope
 from jaxopt_llm.models.layers import flat_params, weights
+from jaxopt_llm.models.packed import packed
 from jaxopt_llm.models.params import (
     ParamSpec,
     abstract,
@@ -38,6 +39,7 @@ __all__ = [
     "mismatches",
     "num_bytes",
     "num_params",
+    "packed",
     "place",
     "quantizable",
     "shardings",

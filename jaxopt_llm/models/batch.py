@@ -1,6 +1,7 @@
 """`Batch`: which token belongs to which slot at which position. `Cache`: the pages of every layer."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Self
 
 import jax
@@ -78,7 +79,18 @@ class Batch:
         )
 
 
-def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype) -> Cache:
-    """Empty pages for every layer: `num_pages` of `page_size` tokens."""
-    shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
-    return tuple(Pages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+def init_cache(config: ModelConfig, num_pages: Sequence[int], page_size: int, dtype: jnp.dtype) -> Cache:
+    """Empty pages for every layer.
+
+    Args:
+      config: of the model.
+      num_pages: pages of each kind of attention, as `ModelConfig.window_kinds`.
+      page_size: tokens a page.
+      dtype: of keys and values.
+    """
+
+    def pages(layer: int) -> Pages:
+        shape = (num_pages[config.kind(layer)], page_size, config.num_kv_heads, config.head_dim)
+        return Pages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    return tuple(map(pages, range(config.num_layers)))

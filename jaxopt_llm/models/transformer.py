@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import jax
@@ -15,7 +15,7 @@ from jaxopt_llm import kernels
 from jaxopt_llm.kernels import AttentionSpec, Pages
 from jaxopt_llm.models.batch import Batch, Cache
 from jaxopt_llm.models.config import ModelConfig
-from jaxopt_llm.models.layers import Embedding, Linear, Norm, parameter
+from jaxopt_llm.models.layers import Embedding, Fused, Linear, Norm, parameter
 from jaxopt_llm.models.rope import rotate, rotation
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -45,9 +45,11 @@ class Attention(nnx.Module):
         self.q_norm: Norm | None
         self.k_norm: Norm | None
         self.q_norm, self.k_norm = norms or (None, None)
+        self.qkv: Fused | None = None  # of a packed model, in the place of q, k, v and the norm before them
         sinks = config.attention_sinks
         self.sinks = parameter(rngs, (config.num_heads,), ("heads",), dtype) if sinks else None
         self.head_dim, self.norm_width = config.head_dim, config.qk_norm == "width"
+        self.queries_per_kv = config.num_heads // config.num_kv_heads
         self.spec = AttentionSpec(
             scale=config.query_scale or config.head_dim**-0.5,
             window=config.windows[layer],
@@ -58,11 +60,18 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], turn: Float[Array, "2 T 1 half"], batch: Batch, cache: Pages | None
     ) -> tuple[Float[Array, "T D"], Pages | None]:
-        q, k = self._heads(self.q(x), self.q_norm), self._heads(self.k(x), self.k_norm)
-        v = self._heads(self.v(x), None)
+        q, k, v = self._project(x)
+        q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
         sinks = None if self.sinks is None else self.sinks.get_value()
         out, cache = kernels.attention(rotate(q, turn), rotate(k, turn), v, batch, cache, self.spec, sinks)
         return self.o(out.reshape(x.shape[0], -1)), cache
+
+    def _project(self, x: Float[Array, "T D"]) -> Sequence[Float[Array, "T width"]]:
+        if self.qkv is None:
+            return self.q(x), self.k(x), self.v(x)
+        y = self.qkv(x)
+        kv_width = y.shape[-1] // (self.queries_per_kv + 2)
+        return jnp.split(y, (y.shape[-1] - 2 * kv_width, y.shape[-1] - kv_width), axis=-1)
 
     def _heads(self, y: Float[Array, "T width"], norm: Norm | None) -> Float[Array, "T heads H"]:
         if norm is not None and self.norm_width:
@@ -79,10 +88,16 @@ class MLP(nnx.Module):
         self.gate = project((config.d_ff, config.d_model), ("mlp", "embed"))
         self.up = project((config.d_ff, config.d_model), ("mlp", "embed"))
         self.down = project((config.d_model, config.d_ff), ("embed", "mlp"), reduce="tensor")
+        self.gate_up: Fused | None = (
+            None  # of a packed model, in the place of gate, up and the norm before them
+        )
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        return self.down(_ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+        return self.down(self._gated(x) if self.gate_up is None else self.gate_up(x))
+
+    def _gated(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
+        return _ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
 
 
 class MoE(nnx.Module):

@@ -1,0 +1,517 @@
+"""The engine: requests in, tokens out, as fast as the device allows.
+
+Whoever waits for a result drives the engine, under one lock: there is no thread to start, to stop or to lose. The
+host stays one dispatch ahead: it plans and sends the next before it reads the last.
+"""
+
+import asyncio
+import dataclasses
+import functools
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxopt_llm.engine import inputs
+from jaxopt_llm.engine.config import EngineConfig
+from jaxopt_llm.engine.generation import Allowed, Generation, Wanted
+from jaxopt_llm.engine.plan import Metrics, Piece, Plan, Request
+from jaxopt_llm.engine.prompt import encode, several
+from jaxopt_llm.engine.request import Chunk, Prompt, Result, Score, TokenLogprob
+from jaxopt_llm.engine.sampling import SamplingParams
+from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler
+from jaxopt_llm.engine.step import Inputs, Out, Processor, Program, Sampled, Skeleton, State, step
+from jaxopt_llm.models import Transformer, init_cache
+from jaxopt_llm.text import Tokenizer
+
+Progress = Callable[[int, int], None]
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    prompts: Prompt | Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    processors: Sequence[Processor] = (),
+    **settings: Any,
+) -> list[Result]:
+    """Continues prompts; each gives what it gives alone, whatever stands beside it.
+
+    Args:
+      model: any model, quantized, on a mesh or neither.
+      tokenizer: may be None where prompts are token ids and no text is wanted.
+      prompts: one or several of: a string, taken as it is; a list of messages
+        (`{"role": ..., "content": ...}`), which goes through the chat template; a list of token ids.
+      params: settings for all prompts, or one for each.
+      processors: JAX functions `(logits [R, V], last tokens [R], positions [R]) -> logits`, before sampling.
+      **settings: `SamplingParams` fields, in place of `params`.
+
+    Returns:
+      a `Result` for each prompt, in order.
+
+    Raises:
+      ValueError: for an empty prompt, one longer than the model's context, or bad settings.
+    """
+    if params is not None and settings:
+        raise ValueError(f"give params or {', '.join(settings)}, not both")
+    chosen = SamplingParams(**settings) if params is None else params
+    ids = [encode(prompt, tokenizer, model.config.vocab_size) for prompt in several(prompts)]
+    output = max(
+        [p.max_tokens for p in ([chosen] if isinstance(chosen, SamplingParams) else chosen)], default=0
+    )
+    longest = max(map(len, ids), default=0) + output
+    config = EngineConfig.fitting(model.config, requests=len(ids), tokens=longest)
+    return Engine(model, tokenizer, config, processors=processors).generate(ids, chosen)
+
+
+class Engine:
+    """A model ready to run requests: paged cache, continuous batching, programs compiled as they are needed.
+
+    Args:
+      model: any model, quantized or not.
+      tokenizer: may be None where prompts are token ids and no text is wanted.
+      config: sizes.
+      processors: JAX functions `(logits [B, V], last tokens [B], positions [B]) -> logits`, before sampling.
+
+    Raises:
+      ValueError: for sizes that do not fit the model, or a processor that fails or changes the logits' shape.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig = EngineConfig(),
+        *,
+        processors: Sequence[Processor] = (),
+    ):
+        self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
+        self._processors = tuple(processors)
+        for processor in self._processors:
+            _check(processor, model.config.vocab_size)
+        sizes = config.scheduler(model.config)
+        self._scheduler = Scheduler(sizes)
+        self._skeleton, self._leaves = Skeleton.split(model)
+        cache = init_cache(model.config, sizes.num_pages, sizes.page_size, config.kv_dtype(model.dtype))
+        self._state = State(cache=cache, last_tokens=jnp.zeros(sizes.max_slots, jnp.int32))
+        self._generations: dict[int, Generation] = {}
+        self._in_flight: deque[tuple[Plan, list[Generation], Out]] = deque()
+        self._numbers = itertools.count()
+        self._seeds = np.random.default_rng()
+        self._lock = threading.RLock()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        *,
+        progress: Progress | None = None,
+    ) -> list[Result]:
+        """Continues prompts, as many at once as there are slots; results in order.
+
+        Args:
+          prompts: one or several, as the function `generate` takes them.
+          params: for all, or one for each.
+          progress: called with (prompts done, of all).
+        """
+        ids = [self.encode(prompt) for prompt in several(prompts)]
+        each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(ids):
+            raise ValueError(f"{len(each)} params for {len(ids)} prompts; give one, or one for each")
+        asked = self._ask_all(
+            [(prompt, settings, Wanted()) for prompt, settings in zip(ids, each, strict=True)]
+        )
+        self._finish_all(asked, progress)
+        return [generation.result() for generation in asked]
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams = SamplingParams(),
+        *,
+        priority: int = 0,
+        allowed: Allowed | None = None,
+    ) -> "Stream":
+        """A prompt's text as it comes.
+
+        Args:
+          prompt: one, as the function `generate` takes it.
+          params: settings.
+          priority: requests of a lower number go first.
+          allowed: a function of the tokens so far that says which may come next, `bool[V]`, or None for all.
+        """
+        with self._lock:
+            generation = self._ask(self.encode(prompt), params, priority=priority, allowed=allowed)
+        return Stream(self, generation)
+
+    def score(self, prompts: Prompt | Sequence[Prompt], *, progress: Progress | None = None) -> list[Score]:
+        """The log-probability of every token of each prompt after its first."""
+        ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
+        asked = self._ask_all([(prompt, None, Wanted(scores=True)) for prompt in ids])
+        self._finish_all(asked, progress)
+        return [_score(generation) for generation in asked]
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, progress: Progress | None = None
+    ) -> Float[np.ndarray, "n D"]:
+        """The mean of the last hidden states of each prompt's tokens, float32."""
+        ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
+        asked = self._ask_all([(prompt, None, Wanted(hidden=True)) for prompt in ids])
+        self._finish_all(asked, progress)
+        failed = next((generation.error for generation in asked if generation.error), None)
+        if failed:
+            raise ValueError(failed)
+        return np.stack([np.concatenate(generation.hidden).mean(0) for generation in asked])
+
+    def encode(self, prompt: Prompt, *, room: int = 1) -> list[int]:
+        """The token ids of a prompt.
+
+        Args:
+          prompt: one, as the function `generate` takes it.
+          room: tokens that must still fit after it.
+
+        Raises:
+          ValueError: if it is empty, too long, has an id outside the vocabulary, or needs a tokenizer that is missing.
+        """
+        ids = encode(prompt, self.tokenizer, self.model_config.vocab_size)
+        context = self._scheduler.config.max_seq_len
+        if len(ids) + room > context:
+            more = "so that at least one more fits" if room else "to that"
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and the context is {context}; shorten it {more}"
+            )
+        return ids
+
+    def metrics(self) -> Metrics:
+        """Requests and pages at this moment."""
+        with self._lock:
+            return self._scheduler.metrics
+
+    def update(self, model: Transformer) -> None:
+        """Exchanges the weights for others of the same shapes, without a compilation; what is in flight ends first.
+
+        Raises:
+          ValueError: if the model is not of the same form, or requests are still under way.
+        """
+        with self._lock:
+            if not self._scheduler.idle:
+                raise ValueError("requests are under way; wait for them before the weights change")
+            skeleton, leaves = Skeleton.split(model)
+            form = lambda leaves: [(leaf.shape, leaf.dtype) for leaf in leaves]
+            if skeleton != self._skeleton or form(leaves) != form(self._leaves):
+                raise ValueError("the model has other parts, shapes or dtypes than the engine was made for")
+            self._leaves = leaves
+            self._scheduler.forget_prefixes()
+
+    def warm_up(
+        self,
+        *,
+        prompt_tokens: int | None = None,
+        rows: int | None = None,
+        full: bool = False,
+        progress: Progress | None = None,
+    ) -> int:
+        """Compiles programs ahead, so that no request waits for one; how many.
+
+        Args:
+          prompt_tokens: only what a prompt of this length takes; None for all lengths.
+          rows: only what so many requests take that decode together; None for any number.
+          full: with every optional part, else without any.
+          progress: called with (programs compiled, of all).
+        """
+        sizes, vocab = self._scheduler.config, self.model_config.vocab_size
+        shapes = [(sizes.max_slots, tokens, 1) for tokens in self._token_buckets(prompt_tokens)]
+        most = inputs.row_bucket(rows or sizes.max_slots, sizes.max_slots)
+        decoding = sorted({inputs.row_bucket(n, most) for n in range(1, most + 1)})
+        shapes += [(n, n, sizes.decode_steps) for n in decoding if rows is None or n == most]
+        pages = -(-sizes.max_seq_len // sizes.page_size)
+        table = np.zeros((len(sizes.windows), sizes.max_slots, pages), np.int32)
+        with self._lock:
+            for done, (count, tokens, steps) in enumerate(shapes):
+                if progress:
+                    progress(done, len(shapes))
+                batch = inputs.idle(
+                    rows=count,
+                    tokens=tokens,
+                    max_slots=sizes.max_slots,
+                    page_table=table,
+                    vocab_size=vocab,
+                    full=full,
+                )
+                self._run(batch, steps=steps, full=full)
+        if progress:
+            progress(len(shapes), len(shapes))
+        return len(shapes)
+
+    def _token_buckets(self, prompt_tokens: int | None) -> list[int]:
+        """Sizes of the steps that a prompt of this length takes, or any prompt."""
+        most = self._scheduler.config.max_tokens_per_step
+        if prompt_tokens is None:
+            lengths = list(range(1, most + 1))
+        else:
+            lengths = [min(most, prompt_tokens - start) for start in range(0, prompt_tokens, most)]
+        return sorted({inputs.token_bucket(n, most) for n in lengths})
+
+    def _ask_all(self, asked: Sequence[tuple[list[int], SamplingParams | None, Wanted]]) -> list[Generation]:
+        """All or none: a mistake in one leaves nothing behind."""
+        generations: list[Generation] = []
+        with self._lock:
+            try:
+                for ids, params, wanted in asked:
+                    generations.append(self._ask(ids, params, wanted=wanted))
+            except ValueError:
+                self.cancel(generations)
+                raise
+        return generations
+
+    def _ask(
+        self,
+        ids: list[int],
+        params: SamplingParams | None,
+        *,
+        priority: int = 0,
+        wanted: Wanted = Wanted(),
+        allowed: Allowed | None = None,
+    ) -> Generation:
+        """Takes a request in; without `params` it generates nothing."""
+        room = self._scheduler.config.max_seq_len - len(ids)
+        settings = params or SamplingParams()
+        number = next(self._numbers)
+        request = Request(
+            id=number,
+            prompt=ids,
+            max_tokens=min(settings.max_tokens, room) if params else 0,
+            priority=priority,
+            # What is wanted of every position must be computed; penalties count the tokens that are fed.
+            reuse=self.config.prefix_cache and wanted == Wanted() and not settings.penalizes,
+            drafts=None if allowed is None else (),
+        )
+        generation = Generation(
+            request,
+            settings,
+            seed=int(self._seeds.integers(2**32)) if settings.seed is None else settings.seed,
+            stop_ids=frozenset() if settings.ignore_eos else self._stop_ids,
+            tokenizer=self.tokenizer,
+            start=time.perf_counter(),
+            wanted=wanted,
+            allowed=allowed,
+        )
+        _check_bias(settings, self.model_config.vocab_size)
+        self._scheduler.add(request)
+        self._generations[number] = generation
+        return generation
+
+    @property
+    def _stop_ids(self) -> frozenset[int]:
+        return frozenset(self.model_config.eos_ids) | (self.tokenizer.eos_ids if self.tokenizer else set())
+
+    def _finish_all(self, generations: Sequence[Generation], progress: Progress | None) -> None:
+        report = progress or (lambda done, total: None)
+        try:
+            for done, generation in enumerate(generations):
+                report(done, len(generations))
+                self.drive(functools.partial(_has_ended, generation))
+        except BaseException:
+            self.cancel(generations)
+            raise
+        report(len(generations), len(generations))
+
+    def cancel(self, generations: Sequence[Generation]) -> None:
+        with self._lock:
+            for generation in generations:
+                generation.end("cancelled")
+                self._close(generation)
+
+    def drive(self, ready: Callable[[], bool]) -> None:
+        """Runs steps until what the caller waits for is there."""
+        while not ready():
+            with self._lock:
+                if not ready():
+                    self._advance()
+
+    def _advance(self) -> None:
+        """Sends the next dispatch, and reads the one before it."""
+        plan = self._scheduler.schedule() if len(self._in_flight) < MAX_IN_FLIGHT else None
+        if plan is not None:
+            generations = [self._generations[piece.request.id] for piece in plan.pieces]
+            self._in_flight.append((plan, generations, self._dispatch(plan, generations)))
+        if self._in_flight and (plan is None or len(self._in_flight) == MAX_IN_FLIGHT):
+            self._collect(*self._in_flight.popleft())
+        elif plan is None:
+            raise RuntimeError("the scheduler has nothing to do for requests that have not ended")
+
+    def _dispatch(self, plan: Plan, generations: list[Generation]) -> Out:
+        full = any(generation.full for generation in generations)
+        sizes = self._scheduler.config
+        batch = inputs.build(
+            plan,
+            generations,
+            max_slots=sizes.max_slots,
+            max_tokens=sizes.max_tokens_per_step,
+            vocab_size=self.model_config.vocab_size,
+            full=full,
+        )
+        return self._run(batch, steps=sizes.decode_steps if inputs.decodes_only(plan) else 1, full=full)
+
+    def _run(self, batch: Inputs, *, steps: int, full: bool) -> Out:
+        program = Program(skeleton=self._skeleton, steps=steps, full=full, processors=self._processors)
+        out, self._state = step(self._leaves, self._counting(self._state, full), batch, program=program)
+        return out
+
+    def _counting(self, state: State, full: bool) -> State:
+        """The state with what the full program counts, from the first time it runs."""
+        if not full or state.counts is not None:
+            return state
+        shape = (self._scheduler.config.max_slots, self.model_config.vocab_size)
+        return dataclasses.replace(state, seen=jnp.zeros(shape, bool), counts=jnp.zeros(shape, jnp.int32))
+
+    def _collect(self, plan: Plan, generations: list[Generation], out: Out) -> None:
+        """Gives each request what a dispatch gave it."""
+        sampled = jax.device_get(out.sampled)
+        now = time.perf_counter()
+        tokens: list[list[int]] = []
+        starts = np.cumsum([0, *(piece.length for piece in plan.pieces)])
+        for row, (piece, generation) in enumerate(zip(plan.pieces, generations, strict=True)):
+            if generation.ended:
+                tokens.append([])
+                continue
+            _take_prompt(piece, generation, out, starts[row])
+            tokens.append(_take_tokens(piece, generation, sampled, row, now))
+        self._scheduler.complete(plan, tokens)
+        for generation in generations:
+            if generation.ended:
+                self._close(generation)
+
+    def _close(self, generation: Generation) -> None:
+        """Forgets a request that has ended."""
+        self._scheduler.finish(generation.request)
+        self._generations.pop(generation.request.id, None)
+
+
+class Stream:
+    """What one request gives, as it comes: an iterator of `Chunk`s, for `for` and for `async for`.
+
+    Each has new text; the last has the result. Iterating runs the engine.
+    """
+
+    def __init__(self, engine: Engine, generation: Generation):
+        self._engine, self._generation = engine, generation
+        self._done = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        if self._done:
+            raise StopIteration
+        generation = self._generation
+        self._engine.drive(lambda: generation.has_news or generation.ended)
+        if generation.ended:
+            self._done = True
+            return Chunk(generation.fresh_text(), generation.result())
+        return Chunk(generation.fresh_text())
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        chunk = await asyncio.to_thread(next, self, None)
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        return asyncio.to_thread(self.result).__await__()
+
+    def result(self) -> Result:
+        """Waits for the end."""
+        self._engine.drive(functools.partial(_has_ended, self._generation))
+        return self._generation.result()
+
+    def cancel(self) -> None:
+        """Ends the request where it is; nothing happens if it has ended."""
+        self._engine.cancel([self._generation])
+
+
+def _has_ended(generation: Generation) -> bool:
+    return generation.ended
+
+
+def _take_prompt(piece: Piece, generation: Generation, out: Out, at: int) -> None:
+    """What is wanted of the prompt's tokens in this piece."""
+    request, wanted = generation.request, generation.wanted
+    place = slice(at, at + piece.length)
+    if piece.start == 0:  # the first time, or once more after a preemption
+        generation.scores.clear()
+        generation.hidden.clear()
+    if wanted.scores:
+        logprobs, best = np.asarray(out.target_logprob)[place], np.asarray(out.best)[place]
+        generation.scores.extend(zip(logprobs.tolist(), best.tolist(), strict=True))
+    if wanted.hidden:
+        generation.hidden.append(np.asarray(out.hidden)[place].astype(np.float32))
+    if not request.max_tokens and piece.start + piece.length == len(request.prompt):
+        generation.end("length")
+
+
+def _take_tokens(piece: Piece, generation: Generation, sampled: Sampled, row: int, now: float) -> list[int]:
+    """The tokens that came of a piece, up to the one that ended it."""
+    tokens: list[int] = []
+    for i in range(piece.limit):
+        if generation.ended:
+            break
+        if not sampled.finite[i, row]:
+            generation.end(
+                "error", "the model gave scores that are no numbers (NaN or infinite) for this request"
+            )
+            break
+        tokens.append(int(sampled.tokens[i, row]))
+        generation.add(tokens[-1], _logprob(sampled, i, row, generation.params.logprobs), now)
+    return tokens
+
+
+def _logprob(sampled: Sampled, step: int, row: int, count: int | None) -> TokenLogprob | None:
+    if count is None:
+        return None
+    assert sampled.logprob is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
+    ids, values = sampled.top_ids[step, row, :count], sampled.top_logprobs[step, row, :count]
+    top = tuple((int(i), float(v)) for i, v in zip(ids, values, strict=True))
+    return TokenLogprob(int(sampled.tokens[step, row]), float(sampled.logprob[step, row]), top)
+
+
+def _score(generation: Generation) -> Score:
+    prompt = generation.request.prompt[1:]
+    pairs = generation.scores[: len(prompt)]
+    return Score(
+        logprobs=np.array([logprob for logprob, _ in pairs], np.float32),
+        greedy=np.array([best for _, best in pairs], np.int32) == np.array(prompt, np.int32),
+    )
+
+
+def _check_bias(params: SamplingParams, vocab_size: int) -> None:
+    outside = [token for token in params.logit_bias or () if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"logit_bias names token {outside[0]}, outside the vocabulary of {vocab_size}")
+
+
+def _check(processor: Processor, vocab_size: int) -> None:
+    """Traces a processor once, so that a mistake shows before anything is generated."""
+    logits = jax.ShapeDtypeStruct((1, vocab_size), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1,), jnp.int32)
+    name = getattr(processor, "__name__", repr(processor))
+    try:
+        result = jax.eval_shape(processor, logits, ids, ids)
+    except Exception as error:
+        raise ValueError(f"logits processor {name} fails: {error}") from error
+    if not isinstance(result, jax.ShapeDtypeStruct) or (result.shape, result.dtype) != (
+        logits.shape,
+        logits.dtype,
+    ):
+        raise ValueError(f"logits processor {name} gives {result}; it must give {logits}")

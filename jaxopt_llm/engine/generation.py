@@ -1,0 +1,131 @@
+"""One request from the user's side: what was asked for, and what has come of it so far."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Bool
+
+from jaxopt_llm.engine.plan import Request
+from jaxopt_llm.engine.request import Result, TokenLogprob
+from jaxopt_llm.engine.sampling import SamplingParams
+from jaxopt_llm.text import Detokenizer, Tokenizer
+
+Allowed = Callable[[Sequence[int]], Bool[np.ndarray, "V"] | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a request wants of its prompt beside, or instead of, new tokens.
+
+    Attributes:
+      scores: the log-probability of each prompt token after the first.
+      hidden: the last hidden state of each prompt token.
+    """
+
+    scores: bool = False
+    hidden: bool = False
+
+
+class Generation:
+    """A request under way.
+
+    Args:
+      request: as the scheduler knows it.
+      params: settings.
+      seed: of its noise.
+      stop_ids: tokens that end it.
+      tokenizer: for its text, or None.
+      start: when it was asked for, seconds.
+      wanted: of its prompt.
+      allowed: tokens so far to which tokens may come next, or None for all.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        params: SamplingParams,
+        *,
+        seed: int,
+        stop_ids: frozenset[int],
+        tokenizer: Tokenizer | None,
+        start: float,
+        wanted: Wanted = Wanted(),
+        allowed: Allowed | None = None,
+    ):
+        if params.stop and tokenizer is None:
+            raise ValueError("stop strings need a tokenizer")
+        self.request, self.params, self.seed, self.stop_ids = request, params, seed, stop_ids
+        self.wanted, self.allowed = wanted, allowed
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.scores: list[tuple[float, int]] = []
+        self.hidden: list[np.ndarray] = []
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        prompt = request.prompt
+        self._text = Detokenizer(tokenizer, prompt=prompt, stop=params.stop) if tokenizer else None
+        self._pieces: list[str] = []
+        self._shown = 0
+        self._start = self._first = self._last = start
+
+    @property
+    def full(self) -> bool:
+        """Whether only the full program does what it asks for."""
+        return self.params.needs_full or self.allowed is not None or self.wanted != Wanted()
+
+    @property
+    def ended(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is text that `fresh_text` has not given yet."""
+        return self._shown < len(self._pieces)
+
+    def add(self, token: int, logprob: TokenLogprob | None, now: float) -> None:
+        """Takes in the next token."""
+        if not self.tokens:
+            self._first = now
+        self._last = now
+        self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        stopped = token in self.stop_ids
+        if self._text is not None and not stopped:
+            self._say(self._text.add([token]))
+            stopped = self._text.stopped is not None
+        if stopped:
+            self.end("stop")
+        elif len(self.tokens) == self.request.max_tokens:
+            self.end("length")
+
+    def end(self, reason: str, error: str | None = None) -> None:
+        """No more tokens come."""
+        if self._text is not None and not self.ended:
+            self._say(self._text.flush())
+        self.finish_reason, self.error = self.finish_reason or reason, error
+
+    def fresh_text(self) -> str:
+        """Text since the last call."""
+        text = "".join(self._pieces[self._shown :])
+        self._shown = len(self._pieces)
+        return text
+
+    def result(self) -> Result:
+        later = len(self.tokens) - 1
+        return Result(
+            text="".join(self._pieces),
+            token_ids=self.tokens,
+            finish_reason=self.finish_reason or "length",
+            prompt_tokens=len(self.request.prompt),
+            cached_tokens=self.request.cached_tokens,
+            logprobs=None if self.params.logprobs is None else self.logprobs,
+            error=self.error,
+            ttft_ms=(self._first - self._start) * 1e3,
+            tpot_ms=(self._last - self._first) * 1e3 / later if later > 0 else None,
+        )
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)

@@ -1,0 +1,155 @@
+"""A plan as the arrays that the step takes, padded to one of a few sizes. Host only: NumPy in, NumPy out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxopt_llm.engine.config import power_of_two
+from jaxopt_llm.engine.generation import Generation
+from jaxopt_llm.engine.plan import Piece, Plan
+from jaxopt_llm.engine.sampling import MOST_BIASES, RowSampling, SamplingParams
+from jaxopt_llm.engine.step import Extras, Inputs, pack_mask
+
+_SMALLEST = 32  # tokens of a step with prompts in it
+_STOP_IDS = 8  # of a row; more double it
+_IDLE = SamplingParams()
+
+
+def decodes_only(plan: Plan) -> bool:
+    """Whether every row feeds the one token that it sampled last."""
+    return all(piece.decodes and piece.length == 1 for piece in plan.pieces)
+
+
+def token_bucket(tokens: int, most: int) -> int:
+    """The next of 32, 64, 128, ... tokens, at most `most`."""
+    return min(most, max(_SMALLEST, power_of_two(tokens)))
+
+
+def row_bucket(rows: int, most: int) -> int:
+    """The next of 1, 2, 4, ... rows, at most `most`."""
+    return min(most, power_of_two(rows))
+
+
+def idle(
+    *, rows: int, tokens: int, max_slots: int, page_table: np.ndarray, vocab_size: int, full: bool
+) -> Inputs:
+    """Arrays of these sizes that do nothing: what compiles a program without touching the state."""
+    plan = Plan(pieces=(), steps=1, page_table=page_table)
+    return _arrays(plan, (), rows, tokens, max_slots=max_slots, vocab_size=vocab_size, full=full)
+
+
+def build(
+    plan: Plan,
+    generations: Sequence[Generation],
+    *,
+    max_slots: int,
+    max_tokens: int,
+    vocab_size: int,
+    full: bool,
+) -> Inputs:
+    """The arrays of a plan.
+
+    Args:
+      plan: from the scheduler.
+      generations: one for each piece.
+      max_slots, max_tokens: of the engine; they end the lists of sizes.
+      vocab_size: V.
+      full: whether the full program will run.
+    """
+    if decodes_only(plan):
+        rows = total = row_bucket(len(plan.pieces), max_slots)
+    else:
+        rows, total = max_slots, token_bucket(sum(piece.length for piece in plan.pieces), max_tokens)
+    return _arrays(plan, generations, rows, total, max_slots=max_slots, vocab_size=vocab_size, full=full)
+
+
+def _arrays(
+    plan: Plan,
+    generations: Sequence[Generation],
+    rows: int,
+    total: int,
+    *,
+    max_slots: int,
+    vocab_size: int,
+    full: bool,
+) -> Inputs:
+    pieces = plan.pieces
+    tokens, positions = np.zeros(total, np.int32), np.zeros(total, np.int32)
+    row_of = np.full(total, rows, np.int32)
+    starts = np.cumsum([0, *(piece.length for piece in pieces)]).astype(np.int32)
+    for row, (piece, at) in enumerate(zip(pieces, starts, strict=False)):
+        place = slice(at, at + piece.length)
+        tokens[place] = _tokens(piece)
+        positions[place] = np.arange(piece.start, piece.start + piece.length)
+        row_of[place] = row
+    column = lambda values, fill: _padded(values, rows, fill)
+    slots = column([piece.slot for piece in pieces], max_slots)
+    params = [generation.params for generation in generations] + [_IDLE] * (rows - len(pieces))
+    seeds = [generation.seed for generation in generations] + [0] * (rows - len(pieces))
+    return Inputs(
+        tokens=tokens,
+        positions=positions,
+        rows=row_of,
+        slots=slots,
+        kv_len=column([piece.start + piece.length for piece in pieces], 0),
+        query_start=_padded(starts, rows + 1, starts[-1]),
+        num_rows=np.int32(len(pieces)),
+        page_table=plan.page_table[:, np.minimum(slots, max_slots - 1)],
+        limit=column([piece.limit for piece in pieces], 0),
+        stop_ids=_stop_ids(generations, rows),
+        sampling=RowSampling.stack(params, seeds),
+        extras=_extras(pieces, generations, starts, total, rows, vocab_size) if full else None,
+    )
+
+
+def _padded(values: Sequence[int] | np.ndarray, size: int, fill: int) -> np.ndarray:
+    out = np.full(size, fill, np.int32)
+    out[: len(values)] = values
+    return out
+
+
+def _tokens(piece: Piece) -> Sequence[int]:
+    if piece.decodes:
+        return [-1, *piece.drafts]
+    return piece.request.tokens[piece.start : piece.start + piece.length]
+
+
+def _stop_ids(generations: Sequence[Generation], rows: int) -> np.ndarray:
+    most = max([1, *(len(generation.stop_ids) for generation in generations)])
+    width = _STOP_IDS << max(0, (most - 1).bit_length() - (_STOP_IDS - 1).bit_length())
+    ids = np.full((rows, width), -1, np.int32)
+    for row, generation in zip(ids, generations, strict=False):
+        row[: len(generation.stop_ids)] = sorted(generation.stop_ids)
+    return ids
+
+
+def _extras(
+    pieces: Sequence[Piece],
+    generations: Sequence[Generation],
+    starts: np.ndarray,
+    total: int,
+    rows: int,
+    vocab_size: int,
+) -> Extras:
+    bias_ids, bias = np.full((rows, MOST_BIASES), -1, np.int32), np.zeros((rows, MOST_BIASES), np.float32)
+    mask = np.full((rows, -(-vocab_size // 32)), 2**32 - 1, np.uint32)
+    targets = np.full(total, -1, np.int32)
+    for row, (piece, generation) in enumerate(zip(pieces, generations, strict=True)):
+        shifts = generation.params.logit_bias or {}
+        bias_ids[row, : len(shifts)], bias[row, : len(shifts)] = list(shifts), list(shifts.values())
+        if generation.allowed is not None and piece.samples:
+            allowed = generation.allowed(generation.tokens)
+            if allowed is not None:
+                mask[row] = pack_mask(np.asarray(allowed, bool))
+        if generation.wanted.scores:
+            after = piece.request.prompt[piece.start + 1 : piece.start + 1 + piece.length]
+            targets[starts[row] : starts[row] + len(after)] = after
+    return Extras(
+        fresh=_padded([not piece.decodes and piece.start == 0 for piece in pieces], rows, 0).astype(bool),
+        prompt_len=_padded([len(piece.request.prompt) for piece in pieces], rows, 0),
+        bias_ids=bias_ids,
+        bias=bias,
+        mask=mask,
+        targets=targets,
+        logprobs=np.bool_(any(generation.params.logprobs is not None for generation in generations)),
+    )

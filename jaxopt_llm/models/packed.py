@@ -1,0 +1,58 @@
+"""A model whose weights lie as the platform's kernels want them, fused with their neighbours: what the engine runs."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxopt_llm import kernels
+from jaxopt_llm.kernels import Packed, Weight
+from jaxopt_llm.models.layers import Fused, Linear, Norm
+from jaxopt_llm.models.transformer import Layer, Transformer
+
+
+def packed(model: Transformer) -> Transformer:
+    """A copy for running: q, k and v are one product with the norm before them, gate and up another.
+
+    Its parameters are no longer the canonical ones: it can be neither saved, captured nor trained. Experts stay as
+    they are.
+    """
+    model = nnx.merge(*nnx.split(model))  # a copy whose parts can be exchanged
+    for layer in model.layers:
+        _pack_attention(layer)
+        if hasattr(layer, "mlp"):
+            _pack_mlp(layer)
+    top = model.embed if model.config.tied else model.head
+    top.weight = nnx.Param(_pack(top.weight.get_value()))
+    return model
+
+
+def _pack_attention(layer: Layer) -> None:
+    attention = layer.attention
+    attention.qkv = nnx.data(Fused(_fuse(attention.q, attention.k, attention.v, norm=layer.attention_norm)))
+    attention.q = attention.k = attention.v = None  # type: ignore[assignment]
+    layer.attention_norm = None
+    attention.o.weight = nnx.Param(_pack(attention.o.weight.get_value()))
+
+
+def _pack_mlp(layer: Layer) -> None:
+    mlp = layer.mlp
+    mlp.gate_up = nnx.data(Fused(_fuse(mlp.gate, mlp.up, norm=layer.mlp_norm, gate=mlp.activation)))
+    mlp.gate = mlp.up = None  # type: ignore[assignment]
+    layer.mlp_norm = None
+    mlp.down.weight = nnx.Param(_pack(mlp.down.weight.get_value()))
+
+
+def _fuse(*parts: Linear, norm: Norm | None, gate: str | None = None) -> Packed:
+    weights = [part.weight.get_value() for part in parts]
+    biases = [part.bias.get_value() for part in parts if part.bias is not None]
+    gain = None if norm is None else norm.weight.get_value().astype(jnp.float32) + norm.offset
+    eps = 0.0 if norm is None else norm.eps
+    return _pack(*weights, bias=jnp.concatenate(biases) if biases else None, gain=gain, eps=eps, gate=gate)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "gate"))
+def _pack(*weights: Weight, bias: Any = None, gain: Any = None, eps: float = 0.0, gate: Any = None) -> Packed:
+    return kernels.pack(weights, bias=bias, norm=None if gain is None else (gain, eps), gate=gate)
