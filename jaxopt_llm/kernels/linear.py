@@ -1,6 +1,7 @@
 """Products with plain or quantized weights: the `jax.numpy` definition."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxopt_llm.kernels.norm import per_feature, rms_norm
 from jaxopt_llm.kernels.packed import Packed
 from jaxopt_llm.kernels.qarray import QArray, Weight, round_symmetric
 
-_GATES = {
+_GATES: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -50,28 +51,32 @@ def embed(ids: Int[Array, "*B"], w: Weight | Packed, dtype: jnp.dtype) -> Float[
       ValueError: if several weights were packed together.
     """
     if isinstance(w, Packed):
-        if isinstance(w.weight, Panels):
-            return w.weight.dequantize_rows(ids, dtype)
-        if len(w.weight) > 1:
-            raise ValueError(f"a table is one weight, but {len(w.weight)} were packed together")
-        w = w.weight[0]
+        return _packed_rows(ids, w, dtype)
     rows = w[ids]
     return rows.dequantize(dtype) if isinstance(rows, QArray) else rows.astype(dtype)
 
 
+def _packed_rows(ids: Array, w: Packed, dtype: jnp.dtype) -> Array:
+    if isinstance(w.weight, Panels):
+        return w.weight.dequantize_rows(ids, dtype)
+    if len(w.weight) > 1:
+        raise ValueError(f"a table is one weight, but {len(w.weight)} were packed together")
+    return embed(ids, w.weight[0], dtype)
+
+
 def _packed_linear(x: Array, w: Packed) -> Array:
     if not isinstance(w.weight, Panels):
-        return _unfused_linear(x, w)
+        return _unfused_linear(x, w, w.weight)
     rows = x.reshape(-1, x.shape[-1])
     y = product(rows, w.weight, bias=w.bias, gain=w.gain, eps=w.eps, gate=w.gate)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _unfused_linear(x: Array, w: Packed) -> Array:
-    """What every kernel computes, in the order in which it does."""
+def _unfused_linear(x: Array, w: Packed, weights: tuple[Weight, ...]) -> Array:
+    """What a kernel computes, one operation after another."""
     if w.gain is not None:
         x = rms_norm(x, w.gain, eps=w.eps)
-    y = jnp.concatenate([linear(x, part) for part in w.weight], axis=-1)
+    y = jnp.concatenate([linear(x, part) for part in weights], axis=-1)
     if w.bias is not None:
         y = y + per_feature(w.bias.astype(y.dtype), y)
     if w.gate is None:

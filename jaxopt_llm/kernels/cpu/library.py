@@ -66,7 +66,7 @@ def _require() -> ctypes.CDLL:
 
 
 def _supported(library: ctypes.CDLL) -> list[str]:
-    names = []
+    names: list[str] = []
     while name := library.jaxopt_isa(len(names)):
         names.append(name.decode())
     return names

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxopt_llm.kernels.qarray import QArray
+from jaxopt_llm.kernels.qarray import QArray, Weight
 
 LANES = 16  # outputs of a panel
 BLOCK = 32  # inputs of a block, which share a scale of the rounded activations
@@ -65,14 +65,15 @@ class Panels:
         return within // LANES * 2 + rows // half, within % LANES
 
 
-def fits(weights: Sequence[Any]) -> bool:
+def fits(weights: Sequence[Weight]) -> TypeGuard[Sequence[QArray]]:
     """Whether these weights, one after another, have a form that the kernels know."""
-    if not all(isinstance(w, QArray) and w.ndim == 2 for w in weights):
+    quantized = [w for w in weights if isinstance(w, QArray) and w.ndim == 2]
+    if len(quantized) < len(weights):
         return False
-    forms = {(w.bits, w.act, w.bias is None, w.scale.shape[-1], w.scale.dtype, w.shape[-1]) for w in weights}
-    first = weights[0]
+    first = quantized[0]
+    form = lambda w: (w.bits, w.act, w.bias is None, w.scale.shape[-1], w.scale.dtype, w.shape[-1])
     return (
-        len(forms) == 1
+        all(form(w) == form(first) for w in quantized)
         and first.bits in (8, 4)
         and first.act in (None, (8, BLOCK))
         and first.group % BLOCK == 0
