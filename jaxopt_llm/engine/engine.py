@@ -378,7 +378,7 @@ class Engine:
         sampled = jax.device_get(out.sampled)
         now = time.perf_counter()
         tokens: list[list[int]] = []
-        starts = np.cumsum([0, *(piece.length for piece in plan.pieces)])
+        starts = [0, *itertools.accumulate(piece.length for piece in plan.pieces)]
         for row, (piece, generation) in enumerate(zip(plan.pieces, generations, strict=True)):
             if generation.ended:
                 tokens.append([])

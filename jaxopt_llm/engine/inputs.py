@@ -92,7 +92,7 @@ def _arrays(
         rows=row_of,
         slots=slots,
         kv_len=column([piece.start + piece.length for piece in pieces], 0),
-        query_start=_padded(starts, rows + 1, starts[-1]),
+        query_start=_padded(starts, rows + 1, int(starts[-1])),
         num_rows=np.int32(len(pieces)),
         page_table=plan.page_table[:, np.minimum(slots, max_slots - 1)],
         limit=column([piece.limit for piece in pieces], 0),

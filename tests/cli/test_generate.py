@@ -8,7 +8,7 @@ import pytest
 
 import jaxopt_llm as jo
 from jaxopt_llm.cli import flags
-from jaxopt_llm.engine import Generator, SamplingParams
+from jaxopt_llm.engine import Engine, SamplingParams, encode
 
 PROMPT = "Once upon a time"
 
@@ -83,7 +83,7 @@ def test_stop_and_seed(generate, expected):
 def test_every_sampling_setting_has_a_flag():
     names = {holder.name for holder in flags.SAMPLING}
     settings = {field.name for field in dataclasses.fields(SamplingParams)}
-    assert names | {"logprobs", "ignore_eos"} == settings
+    assert names | {"logprobs", "logit_bias", "ignore_eos"} == settings
 
 
 @pytest.mark.parametrize("options", [["--dtype=native"], ["--quantize=int8", "--mesh=data=2,tensor=4"]])
@@ -92,15 +92,15 @@ def test_the_same_tokens_however_it_is_loaded(generate, expected, options):
 
 
 def test_times_leave_out_compilation(storyteller):
-    """What `warm_up` has run, `stream` need not compile, whatever the settings."""
+    """What `warm_up` has run, `submit` need not compile, whatever the settings."""
     model, tokenizer = jo.load(storyteller)
     params = SamplingParams(max_tokens=60, temperature=0.5, repetition_penalty=1.1, seed=1)
-    generator = Generator(model, tokenizer)
-    generator.warm_up(PROMPT, params)
+    engine = Engine(model, tokenizer)
+    engine.warm_up(prompt_tokens=len(encode(PROMPT, tokenizer, 512)), rows=1, full=True)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
     try:
-        for _ in generator.stream(PROMPT, params):
+        for _ in engine.submit(PROMPT, params):
             pass
     finally:
         jax.monitoring.clear_event_listeners()

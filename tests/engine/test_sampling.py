@@ -10,13 +10,17 @@ import pytest
 from scipy import stats
 
 from jaxopt_llm.engine import SamplingParams
-from jaxopt_llm.engine.sampling import SlotSampling, keep_likely, penalize, sample
+from jaxopt_llm.engine.sampling import RowSampling, keep_likely, penalize, sample
 
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(1, 40)) * 2, jnp.float32)
 
 
+def stack(params):
+    return RowSampling.stack(params, [one.seed or 0 for one in params])
+
+
 def kept(**settings):
-    return np.asarray(keep_likely(LOGITS, SlotSampling.stack([SamplingParams(**settings)]))[0] > -math.inf)
+    return np.asarray(keep_likely(LOGITS, stack([SamplingParams(**settings)]))[0] > -math.inf)
 
 
 def probabilities():
@@ -53,7 +57,7 @@ def test_top_p_acts_on_what_top_k_left():
 
 def test_draws_follow_the_tempered_distribution():
     draws = 4000
-    slots = SlotSampling.stack([SamplingParams(temperature=0.7, top_k=8, seed=3)])
+    slots = stack([SamplingParams(temperature=0.7, top_k=8, seed=3)])
     many = jax.jit(jax.vmap(lambda position: sample(LOGITS, slots, position[None])[0]))
     counts = np.bincount(many(jnp.arange(draws)), minlength=40)
     tempered = np.exp(np.asarray(LOGITS[0], np.float64) / 0.7)
@@ -69,9 +73,9 @@ def test_neighbours_change_nothing():
         SamplingParams(temperature=t, seed=s, top_p=p) for t, s, p in [(0, 1, 1), (1, 2, 0.9), (2, 2, 1)]
     ]
     logits, positions = jnp.tile(LOGITS, (3, 1)), jnp.asarray([5, 6, 7])
-    together = sample(logits, SlotSampling.stack(params), positions)
+    together = sample(logits, stack(params), positions)
     for i, one in enumerate(params):
-        alone = sample(LOGITS, SlotSampling.stack([one]), positions[i : i + 1])
+        alone = sample(LOGITS, stack([one]), positions[i : i + 1])
         assert alone[0] == together[i]
 
 
@@ -80,7 +84,7 @@ def test_penalties():
     logits = jnp.asarray([[2.0, -2.0, 1.0, -1.0, 0.5]])
     seen = jnp.asarray([[True, True, False, False, False]])
     counts = jnp.asarray([[0, 0, 2, 1, 0]])
-    out = penalize(logits, seen, counts, SlotSampling.stack([settings]))
+    out = penalize(logits, seen, counts, stack([settings]))
     np.testing.assert_allclose(out[0], [2 / 1.5, -3.0, 1 / 1.5 - 0.3 - 0.4, -1.5 - 0.3 - 0.2, 0.5], rtol=1e-6)
 
 

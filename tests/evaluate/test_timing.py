@@ -4,7 +4,7 @@ import pytest
 
 import jaxopt_llm as jo
 from jaxopt_llm import evaluate
-from jaxopt_llm.engine import Generator, Result
+from jaxopt_llm.engine import Engine, Result
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,15 @@ def test_medians_of_what_the_engine_tells(model, monkeypatch):
                 token_ids=[1, 2],
                 finish_reason="length",
                 prompt_tokens=8,
+                cached_tokens=0,
                 logprobs=None,
+                error=None,
                 ttft_ms=ttft,
                 tpot_ms=tpot,
             )
         ]
 
-    monkeypatch.setattr(Generator, "generate", generate)
+    monkeypatch.setattr(Engine, "generate", generate)
     found = evaluate.speed(model, prompt_tokens=8, output_tokens=4)
     assert found.prefill_tokens_per_s == pytest.approx(8 / 0.020)
     assert found.decode_tokens_per_s == pytest.approx(1 / 0.005)
