@@ -19,7 +19,12 @@ ISA_FLAGS = {
 }
 # contract=off: the compiler must not fuse a product with a sum in one copy of a loop and leave them apart in another
 FLAGS = "-std=c++17 -O3 -g0 -DNDEBUG -ffp-contract=off -fno-math-errno -fvisibility-inlines-hidden -pthread".split()
-FLAGS += ["-Wno-maybe-uninitialized", "-Wno-attributes", "-Wno-return-type"]  # of GCC's and XLA's own headers
+FLAGS += [
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+    "-Wno-attributes",
+    "-Wno-return-type",
+]  # of GCC's and XLA's own headers
 
 
 class BuildKernels(build_ext):

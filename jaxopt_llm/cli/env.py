@@ -29,6 +29,8 @@ def environment() -> dict[str, object]:
     """Everything the command prints, by name."""
     import jax
 
+    from jaxopt_llm.kernels.cpu import library
+
     model, instructions = machine.cpu()
     cache = machine.cache_folder()
     return {
@@ -39,7 +41,7 @@ def environment() -> dict[str, object]:
         "devices": [device.device_kind for device in jax.devices()],
         "cpu": model,
         "vector_extensions": [name for name in instructions if name in VECTOR_EXTENSIONS],
-        "kernels": ["XLA (jax.numpy)"],
+        "kernels": f"CPU: {library.status()}" if jax.default_backend() == "cpu" else "XLA",
         "cache": cache,
         "compiled_programs": os.environ.get("JAX_COMPILATION_CACHE_DIR"),
         "models_cached": sorted(path.name for path in cache.rglob("*.gguf")),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxopt_llm.kernels.cpu import library, panels
 from jaxopt_llm.kernels.cpu.panels import Panels
+from jaxopt_llm.kernels.cpu.product import GATES
 from jaxopt_llm.kernels.qarray import Weight
-
-Gate = Literal["silu", "gelu", "gelu_tanh"]
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +31,7 @@ class Packed:
     bias: Any = None
     gain: Any = None
     eps: float = dataclasses.field(default=0.0, metadata={"static": True})
-    gate: Gate | None = dataclasses.field(default=None, metadata={"static": True})
+    gate: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,7 +53,7 @@ def pack(
     *,
     bias: Float[Array, "O"] | None = None,
     norm: tuple[Float[Array, "I"], float] | None = None,
-    gate: Gate | None = None,
+    gate: str | None = None,
     platform: str | None = None,
 ) -> Packed:
     """Weights of one input, as `linear` runs them fastest. Also inside a `shard_map`, on local shapes.
@@ -88,7 +87,7 @@ def _check(weights: Sequence[Weight], gate: str | None) -> None:
         raise ValueError(f"packed weights need one input, but their shapes are {shapes}")
     if gate is None:
         return
-    if gate not in get_args(Gate):
-        raise ValueError(f"{gate=} is unknown; known are {', '.join(get_args(Gate))}")
+    if gate not in GATES:
+        raise ValueError(f"{gate=} is unknown; known are {', '.join(GATES)}")
     if len(shapes) != 2 or shapes[0] != shapes[1]:
         raise ValueError(f"a gate takes two weights of equal shape, not {shapes}")

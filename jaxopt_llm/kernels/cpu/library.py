@@ -54,7 +54,7 @@ def status() -> str:
     """One line: which kernels run and on how many threads, or why there are none."""
     library = load()
     if library is None:
-        return f"XLA (jax.numpy): {_FILE.name} was not built, as no C++ compiler was found at installation"
+        return f"none, XLA runs everything: {_FILE.name} was not built (a C++ compiler is needed at installation)"
     return f"{library.jaxopt_current_isa().decode()}, threads: {library.jaxopt_threads()}"
 
 

@@ -69,12 +69,12 @@ void prepare(const LinearKernels& kernels, const LinearArgs& args, const Tiles& 
 
 // Chunks are a few groups of outputs by many rows: their weights stay in cache while the rows pass.
 void multiply(const LinearKernels& kernels, const LinearArgs& args, const Tiles& tiles) {
-  const size_t groups = args.panels / args.panels_per_output();
+  const size_t groups = args.panels / args.panels_per_group();
   const size_t stripes = ceil_div(args.rows, kernels.stripe);
   if (args.rows * args.panels * kLanes * args.inputs <= kMultiplyAlone) {
     return kernels.multiply(args, tiles, 0, groups, 0, stripes);
   }
-  const size_t group_bytes = args.panels_per_output() * kLanes * args.inputs * args.bits / 8;
+  const size_t group_bytes = args.panels_per_group() * kLanes * args.inputs * args.bits / 8;
   const size_t width = kChunkBytes / group_bytes + 1;
   const size_t height = ceil_div(kChunkRows, kernels.stripe);
   const size_t down = ceil_div(stripes, height);

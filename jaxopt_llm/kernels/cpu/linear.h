@@ -36,8 +36,8 @@ struct LinearArgs {
   Floats scale;    // [panels, scales, 16]
   Floats minimum;  // as scale; data null where codes are symmetric
   size_t panels, scales;
-  int bits;        // 8 or 4
-  bool round;      // activations to 8 bits, in blocks
+  int bits;               // 8 or 4
+  bool round;             // activations to 8 bits, in blocks
 
   const float* bias;  // [panels, 16] or null
   Gate gate;          // with one, panels alternate between gate and up
@@ -45,7 +45,7 @@ struct LinearArgs {
   size_t outputs;
 
   size_t blocks() const { return inputs / kBlock; }
-  size_t panels_per_output() const { return gate == Gate::kNone ? 1 : 2; }
+  size_t panels_per_group() const { return gate == Gate::kNone ? 1 : 2; }
   // What is added to a code to store it: nibbles beside a minimum are stored as they are.
   int32_t nibble_zero() const { return minimum.data == nullptr ? 8 : 0; }
 };
@@ -59,8 +59,8 @@ struct Tiles {
   int32_t* start;  // [rows * blocks]: where the integer sum starts, to end without the codes' offsets
 };
 
-// The part that is compiled for each instruction set. Rows are handed out in stripes of `stripe` (fewer at the end),
-// outputs in groups of 16.
+// The part that is compiled for each instruction set. Rows are handed out in stripes of so many (the last may have
+// fewer), weights in groups of panels that give 16 results.
 struct LinearKernels {
   size_t stripe;
   void (*prepare)(const LinearArgs&, const Tiles&, size_t stripe);

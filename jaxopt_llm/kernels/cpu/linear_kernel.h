@@ -15,16 +15,9 @@ using jaxopt::Tiles;
 
 constexpr size_t kStripe = simd::kTileRows[0];
 constexpr size_t kVectors = kBlock / 4;  // of four inputs in a block
+constexpr size_t kAhead = 2048;          // bytes of weights that are fetched before they are read
 
-// The tallest tile for so many rows.
-inline size_t tile_height(size_t rows) {
-  for (size_t height : simd::kTileRows) {
-    if (height <= rows) return height;
-  }
-  return 1;
-}
-
-inline F32 load_floats(Floats from, size_t vector) {
+JAXOPT_INLINE F32 load_floats(Floats from, size_t vector) {
   const size_t at = vector * kLanes;
   switch (from.type) {
     case FloatType::kF16: return simd::load_f16(static_cast<const uint16_t*>(from.data) + at);
@@ -33,75 +26,19 @@ inline F32 load_floats(Floats from, size_t vector) {
   }
 }
 
-// ---- activations --------------------------------------------------------------------------------------------------
+// ---- tiles of rows --------------------------------------------------------------------------------------------------
 
-// One row's place in its tile.
-struct Place {
-  size_t base;  // of the tile, in rows
-  size_t row, height;
-};
-
-// What the norm multiplies the row with, apart from the gain.
-inline float inverse_rms(const float* x, const LinearArgs& args) {
-  F32 squares = simd::zero();
-  for (size_t i = 0; i < args.inputs; i += kLanes) {
-    const F32 value = simd::load(x + i);
-    squares = simd::fma(value, value, squares);
+inline size_t tile_height(size_t rows) {
+  for (size_t height : simd::kTileRows) {
+    if (height <= rows) return height;
   }
-  return 1.0f / sqrtf(simd::reduce_add(squares) / static_cast<float>(args.inputs) + args.eps);
-}
-
-inline F32 normal(const float* x, const LinearArgs& args, size_t i, F32 inverse) {
-  const F32 value = simd::load(x + i);
-  return args.gain == nullptr ? value : simd::mul(simd::mul(value, inverse), simd::load(args.gain + i));
-}
-
-// The block of a row, rounded to nearest: max|x| becomes 127.
-inline void round_block(F32 a, F32 b, const LinearArgs& args, const Tiles& tiles, Place place, size_t block) {
-  const float scale = simd::max_magnitude(a, b) / 127.0f;
-  const F32 divisor = simd::broadcast(scale == 0.0f ? 1.0f : scale);
-  const I32 first = simd::clip(simd::round(simd::div(a, divisor)), 127);
-  const I32 second = simd::clip(simd::round(simd::div(b, divisor)), 127);
-  int8_t codes[kBlock];
-  simd::store_bytes(codes, first);
-  simd::store_bytes(codes + kLanes, second);
-  int8_t* to = tiles.codes + place.base * args.inputs + (block * kVectors * place.height + place.row) * 4;
-  for (size_t k = 0; k < kVectors; ++k) std::memcpy(to + k * place.height * 4, codes + 4 * k, 4);
-
-  const int32_t sum = simd::reduce_add(simd::add(first, second));
-  const size_t at = place.base * args.blocks() + block * place.height + place.row;
-  tiles.scale[at] = scale;
-  tiles.sum[at] = scale * static_cast<float>(sum);
-  tiles.start[at] = -sum * (args.bits == 8 ? simd::kByteZero : args.nibble_zero());
-}
-
-inline void copy_block(F32 a, F32 b, const LinearArgs& args, const Tiles& tiles, Place place, size_t block) {
-  float values[kBlock];
-  simd::store(values, a);
-  simd::store(values + kLanes, b);
-  float* to = tiles.values + place.base * args.inputs + block * kBlock * place.height + place.row;
-  for (size_t i = 0; i < kBlock; ++i) to[i * place.height] = values[i];
-  tiles.sum[place.base * args.blocks() + block * place.height + place.row] = simd::reduce_add(simd::add(a, b));
-}
-
-inline void prepare_row(const LinearArgs& args, const Tiles& tiles, Place place) {
-  const float* x = args.x + (place.base + place.row) * args.inputs;
-  const F32 inverse = simd::broadcast(args.gain == nullptr ? 1.0f : inverse_rms(x, args));
-  for (size_t block = 0; block < args.blocks(); ++block) {
-    const F32 a = normal(x, args, block * kBlock, inverse);
-    const F32 b = normal(x, args, block * kBlock + kLanes, inverse);
-    if (args.round) {
-      round_block(a, b, args, tiles, place, block);
-    } else {
-      copy_block(a, b, args, tiles, place, block);
-    }
-  }
+  return 1;
 }
 
 // Calls `use(first row, height)` for each tile of a stripe.
 template <class Use>
 inline void for_each_tile(const LinearArgs& args, size_t stripe, Use use) {
-  const size_t end = (stripe + 1) * kStripe < args.rows ? (stripe + 1) * kStripe : args.rows;
+  const size_t stop = (stripe + 1) * kStripe, end = stop < args.rows ? stop : args.rows;
   for (size_t row = stripe * kStripe; row < end;) {
     const size_t height = tile_height(end - row);
     use(row, height);
@@ -109,156 +46,241 @@ inline void for_each_tile(const LinearArgs& args, size_t stripe, Use use) {
   }
 }
 
+// ---- activations ----------------------------------------------------------------------------------------------------
+
+// Where a row goes: its tile, and its place among the rows there.
+struct TileRow {
+  int8_t* codes;
+  float* values;
+  float* scale;
+  float* sum;
+  int32_t* start;
+  size_t height;
+  int32_t zero;  // what the product sees in place of the code 0
+
+  TileRow(const LinearArgs& args, const Tiles& tiles, size_t base, size_t row, size_t height) : height(height) {
+    const size_t first = base * args.inputs, first_block = base * args.blocks() + row;
+    codes = tiles.codes + first + 4 * row;
+    values = tiles.values + first + row;
+    scale = tiles.scale + first_block;
+    sum = tiles.sum + first_block;
+    start = tiles.start + first_block;
+    zero = args.bits == 8 ? simd::kByteZero : args.nibble_zero();
+  }
+
+  // Rounded to nearest: max|x| becomes 127.
+  JAXOPT_INLINE void put_rounded(size_t block, F32 a, F32 b) {
+    const float block_scale = simd::max_magnitude(a, b) / 127.0f;
+    const float step = block_scale == 0.0f ? 1.0f : block_scale;
+    const F32 divisor = simd::broadcast(step), inverse = simd::broadcast(1.0f / step);
+    const I32 first = simd::clip(simd::round(simd::divide(a, divisor, inverse)), 127);
+    const I32 second = simd::clip(simd::round(simd::divide(b, divisor, inverse)), 127);
+    int8_t rounded[kBlock];
+    simd::store_bytes(rounded, first);
+    simd::store_bytes(rounded + kLanes, second);
+    int8_t* to = codes + block * kBlock * height;
+    JAXOPT_UNROLL
+    for (size_t k = 0; k < kVectors; ++k) std::memcpy(to + 4 * k * height, rounded + 4 * k, 4);
+
+    const int32_t total = simd::reduce_add(simd::add(first, second));
+    scale[block * height] = block_scale;
+    sum[block * height] = block_scale * static_cast<float>(total);
+    start[block * height] = -total * zero;
+  }
+
+  JAXOPT_INLINE void put_plain(size_t block, F32 a, F32 b) {
+    float plain[kBlock];
+    simd::store(plain, a);
+    simd::store(plain + kLanes, b);
+    float* to = values + block * kBlock * height;
+    for (size_t i = 0; i < kBlock; ++i) to[i * height] = plain[i];
+    sum[block * height] = simd::reduce_add(simd::add(a, b));
+  }
+};
+
+// What the norm multiplies a row with, apart from the gain.
+inline float inverse_rms(const float* x, size_t inputs, float eps) {
+  F32 squares = simd::zero();
+  for (size_t i = 0; i < inputs; i += kLanes) {
+    const F32 value = simd::load(x + i);
+    squares = simd::fma(value, value, squares);
+  }
+  return 1.0f / sqrtf(simd::reduce_add(squares) / static_cast<float>(inputs) + eps);
+}
+
+template <bool kNorm, bool kRound>
+void prepare_row(const LinearArgs& args, const float* x, TileRow to) {
+  const float* gain = args.gain;
+  const size_t blocks = args.blocks();
+  F32 factor = simd::broadcast(1.0f);
+  if (kNorm) factor = simd::broadcast(inverse_rms(x, args.inputs, args.eps));
+  for (size_t block = 0; block < blocks; ++block) {
+    F32 a = simd::load(x + block * kBlock), b = simd::load(x + block * kBlock + kLanes);
+    if (kNorm) {
+      a = simd::mul(simd::mul(a, factor), simd::load(gain + block * kBlock));
+      b = simd::mul(simd::mul(b, factor), simd::load(gain + block * kBlock + kLanes));
+    }
+    if (kRound) to.put_rounded(block, a, b);
+    else to.put_plain(block, a, b);
+  }
+}
+
 void prepare(const LinearArgs& args, const Tiles& tiles, size_t stripe) {
+  const auto with_norm = args.round ? prepare_row<true, true> : prepare_row<true, false>;
+  const auto without = args.round ? prepare_row<false, true> : prepare_row<false, false>;
+  const auto prepare_one = args.gain != nullptr ? with_norm : without;
   for_each_tile(args, stripe, [&](size_t base, size_t height) {
-    for (size_t row = 0; row < height; ++row) prepare_row(args, tiles, {base, row, height});
+    for (size_t row = 0; row < height; ++row) {
+      prepare_one(args, args.x + (base + row) * args.inputs, TileRow(args, tiles, base, row, height));
+    }
   });
 }
 
-// ---- weights ------------------------------------------------------------------------------------------------------
+// ---- weights --------------------------------------------------------------------------------------------------------
 
-// `each(codes, zero, use)` calls `use(k, weights)` for the vectors of a block.
+// `vector(codes, k)` is the k-th vector of the block that starts there.
 struct ByteForm {
   static constexpr size_t kBlockBytes = 64 * kVectors;
 
-  template <class Use>
-  static inline void each(const uint8_t* codes, Use use) {
-    JAXOPT_UNROLL
-    for (size_t k = 0; k < kVectors; ++k) use(k, simd::bytes(simd::load_codes(codes + 64 * k)));
+  static JAXOPT_INLINE simd::Bytes vector(const uint8_t* codes, size_t k) {
+    return simd::bytes(simd::load_codes(codes + 64 * k));
   }
-  static inline F32 value(simd::Bytes w, int j, int32_t) { return simd::code(w, j); }
+  static JAXOPT_INLINE F32 value(simd::Bytes w, int j, int32_t) { return simd::code(w, j); }
 };
 
 struct NibbleForm {
   static constexpr size_t kBlockBytes = 32 * kVectors;
 
-  template <class Use>
-  static inline void each(const uint8_t* codes, Use use) {
-    JAXOPT_UNROLL
-    for (size_t k = 0; k < kVectors / 2; ++k) {
-      const simd::Codes pair = simd::load_codes(codes + 64 * k);
-      use(2 * k, simd::low_nibbles(pair));
-      use(2 * k + 1, simd::high_nibbles(pair));
-    }
+  static JAXOPT_INLINE simd::Nibbles vector(const uint8_t* codes, size_t k) {
+    const simd::Codes pair = simd::load_codes(codes + 64 * (k / 2));
+    return k % 2 == 0 ? simd::low_nibbles(pair) : simd::high_nibbles(pair);
   }
-  static inline F32 value(simd::Nibbles w, int j, int32_t zero) { return simd::code(w, j, zero); }
+  static JAXOPT_INLINE F32 value(simd::Nibbles w, int j, int32_t zero) { return simd::code(w, j, zero); }
 };
 
-// ---- one panel with one tile of rows ------------------------------------------------------------------------------
+// ---- one panel with one tile of rows --------------------------------------------------------------------------------
 
-template <class Form, bool kMinimum, size_t kRows>
-void rounded_tile(const LinearArgs& args, const Tiles& tiles, size_t panel, size_t base, float* out) {
-  const size_t blocks = args.blocks(), blocks_per_scale = blocks / args.scales;
-  const uint8_t* codes = args.codes + panel * blocks * Form::kBlockBytes;
-  const int8_t* x = tiles.codes + base * args.inputs;
-  const float* x_scale = tiles.scale + base * blocks;
-  const float* x_sum = tiles.sum + base * blocks;
-  const int32_t* start = tiles.start + base * blocks;
+// A tile's rounded rows, block after block.
+template <class Form, size_t kRows>
+struct RoundedRows {
+  const int8_t* x;
+  const float* scale;
+  const int32_t* start;
 
-  F32 total[kRows];
-  JAXOPT_UNROLL
-  for (F32& t : total) t = simd::zero();
-  for (size_t s = 0; s < args.scales; ++s) {
-    const F32 scale = load_floats(args.scale, panel * args.scales + s);
-    F32 minimum = simd::zero();
-    if (kMinimum) minimum = load_floats(args.minimum, panel * args.scales + s);
-    for (size_t b = 0; b < blocks_per_scale; ++b) {
-      I32 sum[kRows];
+  RoundedRows(const LinearArgs& args, const Tiles& tiles, size_t base)
+      : x(tiles.codes + base * args.inputs),
+        scale(tiles.scale + base * args.blocks()),
+        start(tiles.start + base * args.blocks()) {}
+
+  // Adds a block's products.
+  JAXOPT_INLINE void next(const uint8_t* codes, F32 weight_scale, F32 (&total)[kRows]) {
+    I32 sum[kRows];
+    JAXOPT_UNROLL
+    for (size_t r = 0; r < kRows; ++r) sum[r] = simd::broadcast(start[r]);
+    JAXOPT_UNROLL
+    for (size_t k = 0; k < kVectors; ++k) {
+      const auto weights = Form::vector(codes, k);
       JAXOPT_UNROLL
-      for (size_t r = 0; r < kRows; ++r) sum[r] = simd::broadcast(start[r]);
-      Form::each(codes, [&](size_t k, auto weights) {
-        JAXOPT_UNROLL
-        for (size_t r = 0; r < kRows; ++r) sum[r] = simd::dot(sum[r], weights, x + (k * kRows + r) * 4);
-      });
-      JAXOPT_UNROLL
-      for (size_t r = 0; r < kRows; ++r) {
-        const F32 factor = simd::mul(scale, simd::broadcast(x_scale[r]));
-        total[r] = simd::fma(simd::to_float(sum[r]), factor, total[r]);
-        if (kMinimum) total[r] = simd::fma(minimum, simd::broadcast(x_sum[r]), total[r]);
-      }
-      codes += Form::kBlockBytes;
-      x += kBlock * kRows;
-      x_scale += kRows;
-      x_sum += kRows;
-      start += kRows;
+      for (size_t r = 0; r < kRows; ++r) sum[r] = simd::dot(sum[r], weights, simd::four_inputs(x + (k * kRows + r) * 4));
     }
+    JAXOPT_UNROLL
+    for (size_t r = 0; r < kRows; ++r) {
+      const F32 factor = simd::mul(weight_scale, simd::broadcast(scale[r]));
+      total[r] = simd::fma(simd::to_float(sum[r]), factor, total[r]);
+    }
+    x += kBlock * kRows;
+    scale += kRows;
+    start += kRows;
   }
-  JAXOPT_UNROLL
-  for (size_t r = 0; r < kRows; ++r) simd::store(out + r * kLanes, total[r]);
-}
+};
 
-template <class Form, bool kMinimum, size_t kRows>
-void float_tile(const LinearArgs& args, const Tiles& tiles, size_t panel, size_t base, float* out) {
-  const size_t blocks = args.blocks(), blocks_per_scale = blocks / args.scales;
-  const uint8_t* codes = args.codes + panel * blocks * Form::kBlockBytes;
-  const float* x = tiles.values + base * args.inputs;
-  const float* x_sum = tiles.sum + base * blocks;
-  const int32_t zero = args.nibble_zero();
+// The same for rows that are not rounded.
+template <class Form, size_t kRows>
+struct PlainRows {
+  const float* x;
+  int32_t zero;
 
-  F32 total[kRows];
-  JAXOPT_UNROLL
-  for (F32& t : total) t = simd::zero();
-  for (size_t s = 0; s < args.scales; ++s) {
-    const F32 scale = load_floats(args.scale, panel * args.scales + s);
-    F32 minimum = simd::zero();
-    if (kMinimum) minimum = load_floats(args.minimum, panel * args.scales + s);
-    for (size_t b = 0; b < blocks_per_scale; ++b) {
-      F32 sum[kRows];
+  PlainRows(const LinearArgs& args, const Tiles& tiles, size_t base)
+      : x(tiles.values + base * args.inputs), zero(args.nibble_zero()) {}
+
+  JAXOPT_INLINE void next(const uint8_t* codes, F32 weight_scale, F32 (&total)[kRows]) {
+    F32 sum[kRows];
+    JAXOPT_UNROLL
+    for (F32& s : sum) s = simd::zero();
+    JAXOPT_UNROLL
+    for (size_t k = 0; k < kVectors; ++k) {
+      const auto weights = Form::vector(codes, k);
       JAXOPT_UNROLL
-      for (F32& t : sum) t = simd::zero();
-      Form::each(codes, [&](size_t k, auto weights) {
+      for (int j = 0; j < 4; ++j) {
+        const F32 value = Form::value(weights, j, zero);
         JAXOPT_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const F32 value = Form::value(weights, j, zero);
-          JAXOPT_UNROLL
-          for (size_t r = 0; r < kRows; ++r) {
-            sum[r] = simd::fma(value, simd::broadcast(x[(4 * k + j) * kRows + r]), sum[r]);
-          }
+        for (size_t r = 0; r < kRows; ++r) {
+          sum[r] = simd::fma(value, simd::broadcast(x[(4 * k + j) * kRows + r]), sum[r]);
         }
-      });
-      JAXOPT_UNROLL
-      for (size_t r = 0; r < kRows; ++r) {
-        total[r] = simd::fma(sum[r], scale, total[r]);
-        if (kMinimum) total[r] = simd::fma(minimum, simd::broadcast(x_sum[r]), total[r]);
       }
+    }
+    JAXOPT_UNROLL
+    for (size_t r = 0; r < kRows; ++r) total[r] = simd::fma(sum[r], weight_scale, total[r]);
+    x += kBlock * kRows;
+  }
+};
+
+template <template <class, size_t> class Rows, class Form, bool kMinimum, size_t kRows>
+void multiply_tile(const LinearArgs& args, const Tiles& tiles, size_t panel, size_t base, float* out) {
+  const size_t blocks = args.blocks(), scales = args.scales, blocks_per_scale = blocks / scales;
+  const uint8_t* codes = args.codes + panel * blocks * Form::kBlockBytes;
+  const float* x_sum = tiles.sum + base * blocks;
+  Rows<Form, kRows> rows(args, tiles, base);
+  const bool from_memory = base == 0;  // later tiles find the panel in cache
+
+  F32 total[kRows];
+  JAXOPT_UNROLL
+  for (F32& t : total) t = simd::zero();
+  for (size_t s = 0; s < scales; ++s) {
+    const F32 scale = load_floats(args.scale, panel * scales + s);
+    F32 minimum = simd::zero();
+    if (kMinimum) minimum = load_floats(args.minimum, panel * scales + s);
+    for (size_t b = 0; b < blocks_per_scale; ++b) {
+      if (from_memory) {  // hardware stops fetching ahead at the end of each page
+        JAXOPT_UNROLL
+        for (size_t line = 0; line < Form::kBlockBytes; line += 64) simd::prefetch(codes + kAhead + line);
+      }
+      rows.next(codes, scale, total);
       codes += Form::kBlockBytes;
-      x += kBlock * kRows;
-      x_sum += kRows;
+      if (kMinimum) {
+        JAXOPT_UNROLL
+        for (size_t r = 0; r < kRows; ++r) total[r] = simd::fma(minimum, simd::broadcast(x_sum[r]), total[r]);
+        x_sum += kRows;
+      }
     }
   }
   JAXOPT_UNROLL
   for (size_t r = 0; r < kRows; ++r) simd::store(out + r * kLanes, total[r]);
 }
 
+// The instance of `multiply_tile` for a product, found once for each tile.
 using TileFunction = void (*)(const LinearArgs&, const Tiles&, size_t panel, size_t base, float* out);
 
 template <class Form, bool kMinimum, size_t kRows>
-TileFunction tile_function(bool round) {
-  return round ? rounded_tile<Form, kMinimum, kRows> : float_tile<Form, kMinimum, kRows>;
+TileFunction tile_function(const LinearArgs& args) {
+  return args.round ? multiply_tile<RoundedRows, Form, kMinimum, kRows> : multiply_tile<PlainRows, Form, kMinimum, kRows>;
 }
 
-template <size_t kRows>
+template <class Form, size_t kRows>
 TileFunction tile_function(const LinearArgs& args) {
-  const bool minimum = args.minimum.data != nullptr;
-  if (args.bits == 8) {
-    return minimum ? tile_function<ByteForm, true, kRows>(args.round)
-                   : tile_function<ByteForm, false, kRows>(args.round);
-  }
-  return minimum ? tile_function<NibbleForm, true, kRows>(args.round)
-                 : tile_function<NibbleForm, false, kRows>(args.round);
+  return args.minimum.data != nullptr ? tile_function<Form, true, kRows>(args) : tile_function<Form, false, kRows>(args);
 }
 
 template <size_t kIndex = 0>
 TileFunction tile_function(const LinearArgs& args, size_t height) {
   constexpr size_t kRows = simd::kTileRows[kIndex];
-  if constexpr (kRows == 1) {
-    return tile_function<1>(args);
-  } else {
-    return height == kRows ? tile_function<kRows>(args) : tile_function<kIndex + 1>(args, height);
+  if constexpr (kRows > 1) {
+    if (height != kRows) return tile_function<kIndex + 1>(args, height);
   }
+  return args.bits == 8 ? tile_function<ByteForm, kRows>(args) : tile_function<NibbleForm, kRows>(args);
 }
 
-// ---- results ------------------------------------------------------------------------------------------------------
+// ---- results --------------------------------------------------------------------------------------------------------
 
 inline F32 activation(Gate gate, F32 x) {
   switch (gate) {
@@ -276,7 +298,7 @@ inline F32 with_bias(const LinearArgs& args, size_t panel, const float* sums) {
 
 // Sixteen outputs of one row, from the sums of one panel or of a gate and its up panel.
 inline void finish(const LinearArgs& args, size_t group, size_t row, const float* first, const float* second) {
-  F32 result = with_bias(args, group * args.panels_per_output(), first);
+  F32 result = with_bias(args, group * args.panels_per_group(), first);
   if (args.gate != Gate::kNone) {
     result = simd::mul(activation(args.gate, result), with_bias(args, 2 * group + 1, second));
   }
@@ -290,16 +312,14 @@ inline void finish(const LinearArgs& args, size_t group, size_t row, const float
 
 void multiply(const LinearArgs& args, const Tiles& tiles, size_t first_group, size_t last_group, size_t first_stripe,
               size_t last_stripe) {
-  const size_t panels = args.panels_per_output();
+  const size_t panels = args.panels_per_group();
   float sums[2][kStripe * kLanes];
   for (size_t group = first_group; group < last_group; ++group) {
     for (size_t stripe = first_stripe; stripe < last_stripe; ++stripe) {
       for_each_tile(args, stripe, [&](size_t base, size_t height) {
         const TileFunction tile = tile_function(args, height);
         for (size_t p = 0; p < panels; ++p) tile(args, tiles, group * panels + p, base, sums[p]);
-        for (size_t r = 0; r < height; ++r) {
-          finish(args, group, base + r, sums[0] + r * kLanes, sums[1] + r * kLanes);
-        }
+        for (size_t r = 0; r < height; ++r) finish(args, group, base + r, sums[0] + r * kLanes, sums[1] + r * kLanes);
       });
     }
   }

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from jaxopt_llm.kernels.cpu import library
 from jaxopt_llm.kernels.cpu.panels import Panels
 
-_GATES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}  # as `enum class Gate`
+GATES = ("silu", "gelu", "gelu_tanh")  # as `enum class Gate` after kNone
 
 
 def product(
@@ -37,7 +37,7 @@ def product(
         eps=np.float32(eps),
         bits=np.int32(w.bits),
         round=w.round,
-        gate=np.int32(_GATES[gate]),
+        gate=np.int32(0 if gate is None else 1 + GATES.index(gate)),
     ).astype(x.dtype)
 
 

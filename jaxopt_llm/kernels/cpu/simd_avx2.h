@@ -12,8 +12,10 @@
 namespace {
 namespace simd {
 
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
 constexpr const char* kName = "avx2";
-constexpr int kTileRows[] = {4, 2, 1};
+constexpr size_t kTileRows[] = {4, 2, 1};
 
 struct F32 {
   __m256 a, b;
@@ -44,6 +46,11 @@ inline F32 sub(F32 x, F32 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.
 inline F32 mul(F32 x, F32 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 inline F32 div(F32 x, F32 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 inline F32 fma(F32 x, F32 y, F32 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline F32 divide(F32 x, F32 d, F32 inverse) {
+  const F32 quotient = mul(x, inverse);
+  const F32 remainder = {_mm256_fnmadd_ps(quotient.a, d.a, x.a), _mm256_fnmadd_ps(quotient.b, d.b, x.b)};
+  return fma(remainder, inverse, quotient);
+}
 inline F32 min(F32 x, F32 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline F32 max(F32 x, F32 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline float reduce_add(F32 x) {
@@ -124,23 +131,24 @@ inline Nibbles high_nibbles(Codes c) {
 
 constexpr int32_t kByteZero = 0;
 
-inline __m256i four_inputs(const int8_t* x) {
+struct Four {
+  __m256i v;
+};
+inline Four four_inputs(const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, sizeof four);
-  return _mm256_set1_epi32(four);
+  return {_mm256_set1_epi32(four)};
 }
 inline __m256i add_products(__m256i sum, __m256i unsigned_codes, __m256i x) {
   const __m256i pairs = _mm256_maddubs_epi16(unsigned_codes, x);
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-inline I32 dot(I32 sum, Bytes w, const int8_t* x) {
-  const __m256i four = four_inputs(x);
-  return {add_products(sum.a, w.magnitude_a, _mm256_sign_epi8(four, w.a)),
-          add_products(sum.b, w.magnitude_b, _mm256_sign_epi8(four, w.b))};
+inline I32 dot(I32 sum, Bytes w, Four x) {
+  return {add_products(sum.a, w.magnitude_a, _mm256_sign_epi8(x.v, w.a)),
+          add_products(sum.b, w.magnitude_b, _mm256_sign_epi8(x.v, w.b))};
 }
-inline I32 dot(I32 sum, Nibbles w, const int8_t* x) {
-  const __m256i four = four_inputs(x);
-  return {add_products(sum.a, w.a, four), add_products(sum.b, w.b, four)};
+inline I32 dot(I32 sum, Nibbles w, Four x) {
+  return {add_products(sum.a, w.a, x.v), add_products(sum.b, w.b, x.v)};
 }
 
 inline __m256 signed_code(__m256i v, int j) {

@@ -14,10 +14,12 @@
 namespace {
 namespace simd {
 
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
 constexpr const char* kName = "avx512_vnni";
 
-// Rows that a register tile may hold, largest first: two accumulators a row, in 32 registers.
-constexpr int kTileRows[] = {12, 8, 4, 2, 1};
+// Rows that a register tile may hold, largest first: an integer and a float accumulator each, in 32 registers.
+constexpr size_t kTileRows[] = {12, 8, 4, 2, 1};
 
 using F32 = __m512;
 using I32 = __m512i;
@@ -37,6 +39,12 @@ inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+// x / d, rounded as a division rounds, for many x: the remainder corrects the product with the rounded 1 / d
+// (Markstein, IBM J. Res. Dev. 34, 1990).
+inline F32 divide(F32 x, F32 d, F32 inverse) {
+  const F32 quotient = mul(x, inverse);
+  return fma(_mm512_fnmadd_ps(quotient, d, x), inverse, quotient);
+}
 // Where one is NaN these give `b`.
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
@@ -85,14 +93,18 @@ inline Nibbles high_nibbles(Codes c) {
 // What `dot` of bytes sees in place of the code 0.
 constexpr int32_t kByteZero = 128;
 
-inline I32 four_inputs(const int8_t* x) {
+// Four activations, in every lane.
+struct Four {
+  __m512i v;
+};
+inline Four four_inputs(const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, sizeof four);
-  return broadcast(four);
+  return {broadcast(four)};
 }
-// Each lane adds the products of its four codes with the same four activations.
-inline I32 dot(I32 sum, Bytes w, const int8_t* x) { return _mm512_dpbusd_epi32(sum, w.v, four_inputs(x)); }
-inline I32 dot(I32 sum, Nibbles w, const int8_t* x) { return _mm512_dpbusd_epi32(sum, w.v, four_inputs(x)); }
+// Each lane adds the products of its four codes with the four activations.
+inline I32 dot(I32 sum, Bytes w, Four x) { return _mm512_dpbusd_epi32(sum, w.v, x.v); }
+inline I32 dot(I32 sum, Nibbles w, Four x) { return _mm512_dpbusd_epi32(sum, w.v, x.v); }
 
 // The code of input `j` of four, less `zero`, exact.
 inline F32 code(__m512i v, int j, int32_t zero) {

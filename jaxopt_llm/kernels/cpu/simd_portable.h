@@ -7,13 +7,16 @@
 #include <cstdint>
 #include <cstring>
 
+#define JAXOPT_INLINE inline
 #define JAXOPT_UNROLL  // the lanes are loops themselves: more would only take the compiler's time
 
 namespace {
 namespace simd {
 
+inline void prefetch(const void*) {}
+
 constexpr const char* kName = "portable";
-constexpr int kTileRows[] = {4, 1};
+constexpr size_t kTileRows[] = {4, 1};
 constexpr int kLanes = 16;
 
 struct F32 {
@@ -85,6 +88,7 @@ inline F32 fma(const F32& a, const F32& b, const F32& c) {
   return lanes<F32>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 #endif
 }
+inline F32 divide(const F32& x, const F32& d, const F32&) { return div(x, d); }
 inline F32 min(const F32& a, const F32& b) {
   return lanes<F32>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
@@ -171,11 +175,15 @@ inline Nibbles high_nibbles(const Codes& c) {
 
 constexpr int32_t kByteZero = 0;
 
+struct Four {
+  int8_t v[4];
+};
+inline Four four_inputs(const int8_t* x) { return {{x[0], x[1], x[2], x[3]}}; }
 template <class Weights>
-inline I32 dot(const I32& sum, const Weights& w, const int8_t* x) {
+inline I32 dot(const I32& sum, const Weights& w, Four x) {
   return lanes<I32>([&](int i) {
     const int8_t* four = w.v + 4 * i;
-    return sum.v[i] + four[0] * x[0] + four[1] * x[1] + four[2] * x[2] + four[3] * x[3];
+    return sum.v[i] + four[0] * x.v[0] + four[1] * x.v[1] + four[2] * x.v[2] + four[3] * x.v[3];
   });
 }
 

@@ -1,4 +1,4 @@
-// Before a loop whose arrays are to live in registers.
+// For loops and functions whose arrays are to live in registers.
 #pragma once
 
 #if defined(__clang__)
@@ -6,3 +6,5 @@
 #else
 #define JAXOPT_UNROLL _Pragma("GCC unroll 16")
 #endif
+
+#define JAXOPT_INLINE inline __attribute__((always_inline))
