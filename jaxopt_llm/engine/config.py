@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.models import ModelConfig
 
+_CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 _MOST_SLOTS, _SHORTEST = 16, 64  # of a `fitting` engine
 
 
@@ -24,7 +25,7 @@ class EngineConfig:
       max_tokens_per_step: tokens fed in one step at most; longer prompts go in chunks.
       decode_steps: steps of decoding a dispatch when nothing waits.
       prefix_cache: share the pages of equal prefixes.
-      cache_dtype: name of the dtype of keys and values; None for the model's own.
+      cache_dtype: name of the dtype of keys and values; None for the model's own. int8 has a scale a token and head.
     """
 
     max_slots: int = 8
@@ -44,8 +45,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if self.cache_dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"cache_dtype={self.cache_dtype!r} must be float32, bfloat16 or float16")
+        if self.cache_dtype not in (None, *_CACHE_DTYPES):
+            raise ValueError(f"cache_dtype={self.cache_dtype!r} must be one of {', '.join(_CACHE_DTYPES)}")
 
     @classmethod
     def fitting(cls, model: ModelConfig, *, requests: int, tokens: int) -> Self:

@@ -28,7 +28,7 @@ from jaxopt_llm.engine.request import Chunk, Prompt, Result, Score, TokenLogprob
 from jaxopt_llm.engine.sampling import SamplingParams
 from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler
 from jaxopt_llm.engine.step import Inputs, Out, Processor, Program, Sampled, Skeleton, State, step
-from jaxopt_llm.models import Transformer, init_cache
+from jaxopt_llm.models import Transformer, init_cache, packed, weights
 from jaxopt_llm.text import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -99,8 +99,10 @@ class Engine:
             _check(processor, model.config.vocab_size)
         sizes = config.scheduler(model.config)
         self._scheduler = Scheduler(sizes)
-        self._skeleton, self._leaves = Skeleton.split(model)
-        cache = init_cache(model.config, sizes.num_pages, sizes.page_size, config.kv_dtype(model.dtype))
+        kernel = _on_one_device(model)
+        self._skeleton, self._leaves = Skeleton.split(packed(model) if kernel else model)
+        dtype = config.kv_dtype(model.dtype)
+        cache = init_cache(model.config, sizes.num_pages, sizes.page_size, dtype, kernel=kernel)
         self._state = State(cache=cache, last_tokens=jnp.zeros(sizes.max_slots, jnp.int32))
         self._generations: dict[int, Generation] = {}
         self._in_flight: deque[tuple[Plan, list[Generation], Out]] = deque()
@@ -204,7 +206,7 @@ class Engine:
         with self._lock:
             if not self._scheduler.idle:
                 raise ValueError("requests are under way; wait for them before the weights change")
-            skeleton, leaves = Skeleton.split(model)
+            skeleton, leaves = Skeleton.split(packed(model) if _on_one_device(model) else model)
             form = lambda leaves: [(leaf.shape, leaf.dtype) for leaf in leaves]
             if skeleton != self._skeleton or form(leaves) != form(self._leaves):
                 raise ValueError("the model has other parts, shapes or dtypes than the engine was made for")
@@ -439,6 +441,11 @@ class Stream:
     def cancel(self) -> None:
         """Ends the request where it is; nothing happens if it has ended."""
         self._engine.cancel([self._generation])
+
+
+def _on_one_device(model: Transformer) -> bool:
+    """Where the step may run in the platform's kernels: under automatic partitioning they would gather the weights."""
+    return len({device for leaf in jax.tree.leaves(weights(model)) for device in leaf.devices()}) == 1
 
 
 def _has_ended(generation: Generation) -> bool:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxopt_llm import kernels
 from jaxopt_llm.kernels import Pages
 from jaxopt_llm.models.config import ModelConfig
 
@@ -79,7 +80,9 @@ class Batch:
         )
 
 
-def init_cache(config: ModelConfig, num_pages: Sequence[int], page_size: int, dtype: jnp.dtype) -> Cache:
+def init_cache(
+    config: ModelConfig, num_pages: Sequence[int], page_size: int, dtype: jnp.dtype, *, kernel: bool = False
+) -> Cache:
     """Empty pages for every layer.
 
     Args:
@@ -87,10 +90,8 @@ def init_cache(config: ModelConfig, num_pages: Sequence[int], page_size: int, dt
       num_pages: pages of each kind of attention, as `ModelConfig.window_kinds`.
       page_size: tokens a page.
       dtype: of keys and values.
+      kernel: as `kernels.init_pages` has it.
     """
-
-    def pages(layer: int) -> Pages:
-        shape = (num_pages[config.kind(layer)], page_size, config.num_kv_heads, config.head_dim)
-        return Pages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    return tuple(map(pages, range(config.num_layers)))
+    counts = [num_pages[config.kind(layer)] for layer in range(config.num_layers)]
+    width = (config.num_kv_heads, config.head_dim)
+    return tuple(kernels.init_pages(count, page_size, *width, dtype, kernel=kernel) for count in counts)
