@@ -1,7 +1,7 @@
 """Floor 0: meshes, axis rules, collectives. Knows nothing of models."""
 
-from jaxopt_llm.sharding.collectives import psum
+from jaxopt_llm.sharding.collectives import axis_index, is_manual, join_last, psum
 from jaxopt_llm.sharding.mesh import MESH_AXES, MeshSpec
 from jaxopt_llm.sharding.rules import RULES, AxisRules, Sharding
 
-__all__ = ["MESH_AXES", "RULES", "AxisRules", "MeshSpec", "Sharding", "psum"]
+__all__ = ["MESH_AXES", "RULES", "AxisRules", "MeshSpec", "Sharding", "axis_index", "is_manual", "join_last", "psum"]

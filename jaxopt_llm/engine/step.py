@@ -12,11 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from jaxopt_llm.engine.sampling import TOP, RowSampling, penalize, sample
 from jaxopt_llm.models import Batch, Cache, Transformer
 
+HELD = P(("data", "tensor"))  # how the state lies on a mesh: each device's part is its own
+PACKED = P("tensor")  # and the parameters: the data shards have the same
 _ROWS_OF_LOGITS = 64  # scored at once, so that no [T, V] ever exists
 
 Processor = Callable[[Float[Array, "B V"], Int[Array, "B"], Int[Array, "B"]], Float[Array, "B V"]]
@@ -175,12 +179,14 @@ class Program:
       steps: of decoding, at most; 1 for a step that may hold prompts.
       full: with every optional part.
       processors: functions `(logits [B, V], last tokens [B], positions [B]) -> logits`, before sampling.
+      mesh: of data and tensor axes, or None for one device.
     """
 
     skeleton: Skeleton
     steps: int
     full: bool
     processors: tuple[Processor, ...] = ()
+    mesh: Mesh | None = None
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
@@ -190,9 +196,28 @@ def step(leaves: tuple[Array, ...], state: State, inputs: Inputs, *, program: Pr
     Args:
       leaves: parameters.
       state: donated.
-      inputs: what the host decides.
+      inputs: what the host decides; on a mesh with a leading dimension, the data shard.
       program: static.
     """
+    if program.mesh is None:
+        return _step(leaves, state, inputs, program)
+
+    def body(leaves: tuple[Array, ...], state: State, inputs: Inputs) -> tuple[Out, State]:
+        out, state = _step(leaves, state, jax.tree.map(lambda a: a[0], inputs), program)
+        return jax.tree.map(lambda a: a[None], out), state
+
+    return jax.shard_map(
+        body,
+        mesh=program.mesh,
+        in_specs=(PACKED, HELD, P("data")),
+        out_specs=(P("data"), HELD),
+        check_vma=False,  # every tensor shard samples the same, which JAX cannot know
+    )(leaves, state, inputs)
+
+
+def _step(
+    leaves: tuple[Array, ...], state: State, inputs: Inputs, program: Program
+) -> tuple[Out, State]:
     model = program.skeleton.fill(leaves)
     tokens = jnp.where(inputs.tokens < 0, _of_rows(state.last_tokens, inputs)[inputs.rows], inputs.tokens)
     if program.steps > 1:
@@ -345,9 +370,15 @@ def _score(
 
     def compute() -> tuple[Array, Array]:
         count = targets.shape[0]
-        blocks = -(-count // _ROWS_OF_LOGITS)
-        pad = lambda a: jnp.pad(a, ((0, blocks * _ROWS_OF_LOGITS - count),) + ((0, 0),) * (a.ndim - 1))
-        cut = lambda a: pad(a).reshape(blocks, _ROWS_OF_LOGITS, *a.shape[1:])
+        blocks = -(-count // HELD = P(("data", "tensor"))  # how the state lies on a mesh: each device's part is its own
+PACKED = P("tensor")  # and the parameters: the data shards have the same
+_ROWS_OF_LOGITS)
+        pad = lambda a: jnp.pad(a, ((0, blocks * HELD = P(("data", "tensor"))  # how the state lies on a mesh: each device's part is its own
+PACKED = P("tensor")  # and the parameters: the data shards have the same
+_ROWS_OF_LOGITS - count),) + ((0, 0),) * (a.ndim - 1))
+        cut = lambda a: pad(a).reshape(blocks, HELD = P(("data", "tensor"))  # how the state lies on a mesh: each device's part is its own
+PACKED = P("tensor")  # and the parameters: the data shards have the same
+_ROWS_OF_LOGITS, *a.shape[1:])
         return jax.tree.map(lambda a: a.reshape(-1)[:count], jax.lax.map(block, (cut(hidden), cut(targets))))
 
     nothing = lambda: (jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, jnp.int32))

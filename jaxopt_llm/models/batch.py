@@ -81,7 +81,13 @@ class Batch:
 
 
 def init_cache(
-    config: ModelConfig, num_pages: Sequence[int], page_size: int, dtype: jnp.dtype, *, kernel: bool = False
+    config: ModelConfig,
+    num_pages: Sequence[int],
+    page_size: int,
+    dtype: jnp.dtype,
+    *,
+    kernel: bool = False,
+    shards: int = 1,
 ) -> Cache:
     """Empty pages for every layer.
 
@@ -91,7 +97,8 @@ def init_cache(
       page_size: tokens a page.
       dtype: of keys and values.
       kernel: as `kernels.init_pages` has it.
+      shards: of the tensor axis; the pages are those of one.
     """
     counts = [num_pages[config.kind(layer)] for layer in range(config.num_layers)]
-    width = (config.num_kv_heads, config.head_dim)
+    width = (config.kv_heads_of_shard(shards), config.head_dim)
     return tuple(kernels.init_pages(count, page_size, *width, dtype, kernel=kernel) for count in counts)

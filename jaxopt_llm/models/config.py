@@ -150,6 +150,22 @@ class ModelConfig:
     def kv_width(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    def kv_heads_of_shard(self, shards: int) -> int:
+        """Key/value heads that one of so many tensor shards reads; where they do not divide, several read the same.
+
+        Raises:
+          ValueError: if a shard's query heads would read parts of several groups.
+        """
+        if self.num_kv_heads % shards == 0:
+            return self.num_kv_heads // shards
+        queries, group = self.num_heads // shards, self.num_heads // self.num_kv_heads
+        if self.num_heads % shards or (queries % group and group % queries):
+            raise ValueError(
+                f"tensor={shards} splits {self.num_heads} query heads of {self.num_kv_heads} key/value heads across "
+                f"their groups of {group}; take a divisor or a multiple of {self.num_kv_heads}"
+            )
+        return max(1, queries // group)
+
     @property
     def window_kinds(self) -> tuple[int | None, ...]:
         """The distinct windows, in the order of their first layer: G kinds of attention."""

@@ -78,9 +78,17 @@ class Embedding(nnx.Module):
 
     def __init__(self, vocab: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.weight = parameter(rngs, (vocab, width), ("vocab", "embed"), dtype)
+        self.vocab = vocab
 
     def __call__(self, ids: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B D"]:
-        return kernels.embed(ids, self.weight.get_value(), dtype)
+        table = self.weight.get_value()
+        rows = table.shape[0]
+        if rows == self.vocab:
+            return kernels.embed(ids, table, dtype)
+        local = ids - sharding.axis_index("tensor") * rows  # this shard's rows alone
+        own = (local >= 0) & (local < rows)
+        found = kernels.embed(jnp.where(own, local, 0), table, dtype)
+        return sharding.psum(jnp.where(own[..., None], found, 0), "tensor")
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         return kernels.linear(x, self.weight.get_value())

@@ -31,6 +31,8 @@ def packed(model: Transformer) -> Transformer:
 
 def _pack_attention(layer: Layer) -> None:
     attention = layer.attention
+    q, k = (part.weight.get_value().shape[0] for part in (attention.q, attention.k))
+    attention.borders = (q, q + k)
     attention.qkv = nnx.data(Fused(_fuse(attention.q, attention.k, attention.v, norm=layer.attention_norm)))
     attention.q = attention.k = attention.v = None  # type: ignore[assignment]
     layer.attention_norm = None

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxopt_llm import kernels
+from jaxopt_llm import kernels, sharding
 from jaxopt_llm.kernels import AttentionSpec, Pages
 from jaxopt_llm.models.batch import Batch, Cache
 from jaxopt_llm.models.config import ModelConfig
@@ -46,6 +46,7 @@ class Attention(nnx.Module):
         self.k_norm: Norm | None
         self.q_norm, self.k_norm = norms or (None, None)
         self.qkv: Fused | None = None  # of a packed model, in the place of q, k, v and the norm before them
+        self.borders: tuple[int, int] = (0, 0)  # between the three in it
         sinks = config.attention_sinks
         self.sinks = parameter(rngs, (config.num_heads,), ("heads",), dtype) if sinks else None
         self.head_dim, self.norm_width = config.head_dim, config.qk_norm == "width"
@@ -62,6 +63,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "T D"], Pages | None]:
         q, k, v = self._project(x)
         q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
+        k, v = self._read_by(q, k), self._read_by(q, v)
         sinks = None if self.sinks is None else self.sinks.get_value()
         out, cache = kernels.attention(rotate(q, turn), rotate(k, turn), v, batch, cache, self.spec, sinks)
         return self.o(out.reshape(x.shape[0], -1)), cache
@@ -69,9 +71,15 @@ class Attention(nnx.Module):
     def _project(self, x: Float[Array, "T D"]) -> Sequence[Float[Array, "T width"]]:
         if self.qkv is None:
             return self.q(x), self.k(x), self.v(x)
-        y = self.qkv(x)
-        kv_width = y.shape[-1] // (self.queries_per_kv + 2)
-        return jnp.split(y, (y.shape[-1] - 2 * kv_width, y.shape[-1] - kv_width), axis=-1)
+        return jnp.split(self.qkv(x), self.borders, axis=-1)
+
+    def _read_by(self, q: Float[Array, "T N H"], kv: Float[Array, "T K H"]) -> Float[Array, "T k H"]:
+        """The key or value heads that these queries read: a shard of few may hold more, where K does not divide."""
+        own = max(1, q.shape[1] // self.queries_per_kv)
+        if kv.shape[1] == own:
+            return kv
+        first = sharding.axis_index("tensor") * q.shape[1] // self.queries_per_kv
+        return jax.lax.dynamic_slice_in_dim(kv, first, own, axis=1)
 
     def _heads(self, y: Float[Array, "T width"], norm: Norm | None) -> Float[Array, "T heads H"]:
         if norm is not None and self.norm_width:
@@ -215,6 +223,8 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores of the next token, float32."""
         scores = self.embed.attend(hidden) if self.config.tied else self.head(hidden)
+        if scores.shape[-1] != self.config.vocab_size:
+            scores = sharding.join_last(scores, "tensor")
         scores = scores.astype(jnp.float32)
         cap = self.config.logit_softcap
         return scores if cap is None else cap * jnp.tanh(scores / cap)

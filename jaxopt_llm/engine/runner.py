@@ -1,0 +1,137 @@
+"""What the engine has on the device: parameters, state and programs, on one device or on a mesh.
+
+On a mesh the whole step is the body of one `shard_map`: kernels see local arrays, and the model asks for each sum over
+the tensor axis itself. Data shards each have slots and pages of their own, and inputs with one more leading dimension.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
+
+from jaxopt_llm.engine.scheduler import SchedulerConfig
+from jaxopt_llm.engine.step import HELD, PACKED, Inputs, Out, Processor, Program, Skeleton, State, step
+from jaxopt_llm.models import Transformer, init_cache, packed, weights
+
+
+class Runner:
+    """Runs steps.
+
+    Args:
+      model: on one device, or placed on a mesh of data and tensor axes.
+      sizes: slots and pages of each data shard.
+      cache_dtype: of keys and values.
+      processors: as `Program` has them.
+
+    Raises:
+      ValueError: for a mesh that splits another axis.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        sizes: SchedulerConfig,
+        cache_dtype: jnp.dtype,
+        processors: Sequence[Processor] = (),
+    ):
+        self._model_config, self._sizes, self._cache_dtype = model.config, sizes, cache_dtype
+        self._processors = tuple(processors)
+        self._mesh = _mesh(model)
+        self._skeleton, self._leaves = self._pack(model)
+        self._state = self._initial()
+
+    @property
+    def shards(self) -> int:
+        """Data shards: how many inputs a step takes."""
+        return self._mesh.shape["data"] if self._mesh else 1
+
+    def run(self, batches: Sequence[Inputs], *, steps: int, full: bool) -> list[Out]:
+        """One dispatch.
+
+        Args:
+          batches: of equal shapes, one for each data shard.
+          steps, full: as `Program` has them.
+
+        Returns:
+          what it gives each data shard, not waited for.
+        """
+        if full and self._state.counts is None:
+            self._state = dataclasses.replace(self._state, **self._counts())
+        program = Program(
+            skeleton=self._skeleton, steps=steps, full=full, processors=self._processors, mesh=self._mesh
+        )
+        if self._mesh is None:
+            out, self._state = step(self._leaves, self._state, batches[0], program=program)
+            return [out]
+        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+        out, self._state = step(self._leaves, self._state, stacked, program=program)
+        return [jax.tree.map(lambda a, i=i: a[i], out) for i in range(self.shards)]
+
+    def update(self, model: Transformer) -> None:
+        """Exchanges the parameters for others of the same form.
+
+        Raises:
+          ValueError: if the model has other parts, shapes or dtypes.
+        """
+        skeleton, leaves = self._pack(model)
+        form = lambda leaves: [(leaf.shape, leaf.dtype) for leaf in leaves]
+        if skeleton != self._skeleton or form(leaves) != form(self._leaves):
+            raise ValueError("the model has other parts, shapes or dtypes than the engine was made for")
+        self._leaves = leaves
+
+    def _pack(self, model: Transformer) -> tuple[Skeleton, tuple[Array, ...]]:
+        if self._mesh is None:
+            return Skeleton.split(packed(model))
+        canonical, leaves = Skeleton.split(model)
+        found: list[Skeleton] = []
+
+        def body(*leaves: Array) -> tuple[Array, ...]:
+            skeleton, parts = Skeleton.split(packed(canonical.fill(leaves)))
+            found.append(skeleton)
+            return parts
+
+        specs = tuple(leaf.sharding.spec for leaf in leaves)
+        local = jax.shard_map(body, mesh=self._mesh, in_specs=specs, out_specs=PACKED, check_vma=False)
+        parts = jax.jit(local)(*leaves)
+        return found[-1], parts
+
+    def _initial(self) -> State:
+        config, sizes = self._model_config, self._sizes
+
+        def body(shards: int) -> State:
+            cache = init_cache(
+                config, sizes.num_pages, sizes.page_size, self._cache_dtype, kernel=True, shards=shards
+            )
+            return State(cache=cache, last_tokens=jnp.zeros(sizes.max_slots, jnp.int32))
+
+        return self._on_each(functools.partial(body, self._mesh.shape["tensor"] if self._mesh else 1))
+
+    def _counts(self) -> dict[str, Any]:
+        shape = (self._sizes.max_slots, self._model_config.vocab_size)
+        return self._on_each(lambda: {"seen": jnp.zeros(shape, bool), "counts": jnp.zeros(shape, jnp.int32)})
+
+    def _on_each(self, function: Any) -> Any:
+        """What a function makes, on every device."""
+        if self._mesh is None:
+            return function()
+        return jax.jit(jax.shard_map(function, mesh=self._mesh, in_specs=(), out_specs=HELD, check_vma=False))()
+
+
+def _mesh(model: Transformer) -> Mesh | None:
+    """The mesh that a model lies on; None for one device."""
+    placed = [leaf.sharding for leaf in jax.tree.leaves(weights(model))]
+    if all(len(where.device_set) == 1 for where in placed):
+        return None
+    if not all(isinstance(where, NamedSharding) for where in placed):
+        raise ValueError("the model is spread over devices without a mesh; load it with mesh=")
+    mesh = placed[0].mesh
+    others = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in ("data", "tensor")}
+    if others:
+        raise ValueError(f"the engine splits over data and tensor, not over {others}; take a mesh of those axes")
+    return mesh
