@@ -41,6 +41,7 @@ class Request:
       computed: tokens whose keys and values are in pages once the steps planned so far are over.
       prefill: tokens that were known when it was admitted: those the host feeds.
       cached_tokens: of the prompt, found in pages when it was first admitted.
+      reused: tokens found in pages when it was last admitted.
       preemptions: how often.
       in_flight: plans that include it and are not completed.
       verifying: a plan in flight has drafts of it, so that `computed` may yet go down.
@@ -63,6 +64,7 @@ class Request:
     computed: int = dataclasses.field(default=0, init=False)
     prefill: int = dataclasses.field(default=0, init=False)
     cached_tokens: int = dataclasses.field(default=0, init=False)
+    reused: int = dataclasses.field(default=0, init=False)
     preemptions: int = dataclasses.field(default=0, init=False)
     in_flight: int = dataclasses.field(default=0, init=False)
     verifying: bool = dataclasses.field(default=False, init=False)
@@ -117,6 +119,7 @@ class Piece(NamedTuple):
       decodes: the first token is the one that the slot sampled last, the others are `drafts`. Otherwise the host
         feeds `request.tokens[start : start + length]`.
       drafts: guesses to verify.
+      begins: the first piece since the request was given its slot, so that the slot's state is to be set up.
     """
 
     request: Request
@@ -126,6 +129,7 @@ class Piece(NamedTuple):
     limit: int
     decodes: bool
     drafts: tuple[int, ...] = ()
+    begins: bool = False
 
     @property
     def samples(self) -> bool:

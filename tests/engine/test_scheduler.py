@@ -24,8 +24,10 @@ def shape(plan):
 def test_one_request():
     loop = Loop(page_size=4)
     request = loop.add(prompt_of(6), 3)
-    assert shape(loop.step()) == [(0, 0, 6, 1)]
-    assert shape(loop.step()) == [(0, 6, 1, 1)]
+    plan = loop.step()
+    assert shape(plan) == [(0, 0, 6, 1)] and plan.pieces[0].begins
+    plan = loop.step()
+    assert shape(plan) == [(0, 6, 1, 1)] and not plan.pieces[0].begins
     assert shape(loop.step()) == [(0, 7, 1, 1)]
     assert loop.step() is None
     assert request.status is Status.ENDED
@@ -137,13 +139,15 @@ def test_one_step_at_a_time_while_one_waits():
 
 
 def test_no_look_ahead_at_the_price_of_pages():
-    """Two requests at the end of a page, and one page left for both: one goes on, and nobody leaves."""
-    loop = Loop(decode_steps=4, page_size=4, num_pages=(4,), max_seq_len=16)
+    """Two requests, one token before the end of a page, and one page left for both: nobody leaves for the other's
+    later steps, and then the first to need the page has it."""
+    loop = Loop(decode_steps=4, page_size=4, num_pages=(3,), max_seq_len=16)
     for seed in (1, 2):
         loop.add(prompt_of(3, seed), 8)
     loop.step()
-    loop.step()
-    assert loop.scheduler.metrics.pages_used == (4,)
+    assert loop.step().steps == 1
+    assert loop.scheduler.metrics.preemptions == 0
+    assert shape(loop.step()) == [(0, 4, 1, 1)]
     assert loop.scheduler.metrics.preemptions == 0
     loop.drain()
 
@@ -263,6 +267,46 @@ def test_preempted_requests_lose_nothing():
     assert loop.scheduler.metrics.preemptions == second.preemptions + late.preemptions
 
 
+def test_preempted_in_flight_it_leaves_when_its_step_is_over():
+    loop = Loop(page_size=4, num_pages=(2,), max_seq_len=8)
+    first, second = loop.add(prompt_of(4, 1), 4), loop.add(prompt_of(2, 2), 3)
+    loop.schedule()
+    assert loop.schedule() is None, "one waits for the page that the other is still writing to"
+    assert second.status is Status.PREEMPTED and loop.scheduler.metrics.pages_used == (2,)
+    loop.complete()
+    assert second.status is Status.WAITING and len(second.output) == 1, "nothing is lost"
+    assert shape(loop.schedule()) == [(0, 4, 1, 1)]
+    loop.drain()
+    assert first.preemptions == 0
+
+
+def test_nobody_is_preempted_for_pages_that_are_coming():
+    """One request ends with the step in flight, another's own window moves on with it."""
+    ending = Loop(page_size=4, num_pages=(3,), max_seq_len=12)
+    windowed = Loop(page_size=4, num_pages=(3,), windows=(3,), max_seq_len=12)
+    for loop, max_tokens in ((ending, 1), (windowed, 6)):
+        loop.add(prompt_of(8, 1), 3)
+        loop.add(prompt_of(2, 2), max_tokens)
+        assert len(loop.schedule().pieces) == 2
+        loop.schedule()
+        loop.complete()
+        assert loop.schedule().pieces[0].request.id == 0
+        loop.drain()
+        assert loop.scheduler.metrics.preemptions == 0
+
+
+def test_the_last_one_keeps_its_pages_while_it_waits_for_more():
+    loop = Loop(page_size=4, num_pages=(3,), max_seq_len=12)
+    loop.add(prompt_of(5, 1), 2)
+    last = loop.add(prompt_of(4, 2), 3)
+    loop.step()
+    assert shape(loop.step()) == [(0, 5, 1, 1)]
+    assert last.status is Status.RUNNING
+    assert shape(loop.step()) == [(1, 4, 1, 1)]
+    loop.drain()
+    assert last.preemptions == 0
+
+
 def test_a_preempted_request_goes_before_later_ones():
     loop = Loop(page_size=4, num_pages=(6,), max_seq_len=24, max_slots=2)
     first = loop.add(prompt_of(8, 1), 15)
@@ -366,9 +410,11 @@ def test_drafts_are_verified_and_counts_follow():
     plan = loop.schedule()
     assert shape(plan) == [(0, 5, 5, 5)]
     assert loop.schedule() is None, "how many are accepted is not known yet"
+    request.drafts = None
+    assert loop.schedule() is None, "and that does not change with how it goes on"
     loop.complete()
     assert (len(request.output), request.computed) == (4, 8)
-    assert list(request.drafts) == []
+    request.drafts = ()
     loop.draft(request, right=9, wrong=0)
     assert shape(loop.step()) == [(0, 8, 8, 8)], "no more than it may still give"
     loop.check_end()
