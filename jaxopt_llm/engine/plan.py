@@ -36,6 +36,7 @@ class Request:
 
       status: where it is.
       tokens: the prompt, and the tokens generated as far as they are known.
+      target: tokens to compute in all; the last one generated is never fed back.
       arrival: counts requests in the order they were added.
       slot: row of the device's state.
       computed: tokens whose keys and values are in pages once the steps planned so far are over.
@@ -59,6 +60,7 @@ class Request:
 
     status: Status = dataclasses.field(default=Status.WAITING, init=False)
     tokens: list[int] = dataclasses.field(init=False, repr=False)
+    target: int = dataclasses.field(init=False)
     arrival: int | None = dataclasses.field(default=None, init=False)
     slot: int | None = dataclasses.field(default=None, init=False)
     computed: int = dataclasses.field(default=0, init=False)
@@ -73,16 +75,12 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+        self.target = len(self.prompt) + max(self.max_tokens - 1, 0)
 
     @property
     def output(self) -> list[int]:
         """Tokens generated, as far as they are known."""
         return self.tokens[len(self.prompt) :]
-
-    @property
-    def target(self) -> int:
-        """Tokens to compute in all. The last one generated is never fed back."""
-        return len(self.prompt) + max(self.max_tokens - 1, 0)
 
     @property
     def left(self) -> int:

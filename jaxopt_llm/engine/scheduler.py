@@ -209,12 +209,10 @@ class Scheduler:
     def _steps(self) -> int:
         """How many steps the next dispatch takes: 1, unless all that run just decode and have the pages to go on."""
         several = self.config.decode_steps
-        if self._waiting or any(request.status is Status.PREEMPTED for request in self._leaving):
-            return 1
         ready = [request for request in self._running if request.left]
-        if not all(request.decoding and request.drafts is None for request in ready):
+        if self._waiting or not all(request.decoding and request.drafts is None for request in ready):
             return 1
-        if all(request.left == 1 for request in ready):
+        if several == 1 or all(request.left == 1 for request in ready):
             return 1
         ends = [(_slot(request), request.computed + min(several, request.left)) for request in ready]
         lacking = sum(self._tables.lacks(slot, end) for slot, end in ends)
@@ -361,8 +359,12 @@ def _check(piece: Piece, sampled: Sequence[int]) -> None:
     request = piece.request
     if len(sampled) > piece.limit:
         raise ValueError(f"request {request.id} got {len(sampled)} tokens and its limit was {piece.limit}")
+    if request.status is Status.ENDED:
+        return
+    if piece.samples and not piece.decodes and not sampled:
+        raise ValueError(f"request {request.id} got no token of its prompt to go on from; finish it first")
     known = piece.start + piece.length - len(piece.drafts)
-    if sampled and request.status is not Status.ENDED and known != len(request.tokens):
+    if sampled and known != len(request.tokens):
         raise ValueError(
             f"request {request.id} has {len(request.tokens)} tokens and was planned on from {known}: "
             "it ended early and was not finished; call finish"

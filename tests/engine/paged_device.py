@@ -21,6 +21,15 @@ def next_token(key, tokens):
     return zlib.crc32(repr((key, tuple(tokens))).encode()) // 7 % VOCAB
 
 
+def prompt_of(length, seed=0):
+    return random.Random(seed).choices(range(VOCAB), k=length)
+
+
+def shape(plan):
+    """(request's id, start, length, limit) of each piece."""
+    return [(p.request.id, p.start, p.length, p.limit) for p in plan.pieces]
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """What one position of a page holds: made of which weights, under which key, after which tokens."""
