@@ -218,13 +218,12 @@ class PageTables:
 
     def grow(self, slot: int, tokens: int) -> int:
         """Takes pages for the first `tokens` tokens of a slot, or as many as there are; for how many it has room."""
-        end = self._end[slot]
-        more = min(self.lacks(slot, tokens), self.available)
-        if more:
+        if lacking := self.lacks(slot, tokens):
+            end, more = self._end[slot], min(lacking, self.available)
             for kind, pool in enumerate(self.pools):
                 self._put(kind, slot, end, pool.take(more))
             self._end[slot] = end + more
-        return min(tokens, (end + more) * self.page_size)
+        return min(tokens, self._end[slot] * self.page_size)
 
     def register(self, slot: int, chain: Sequence[bytes], start: int, end: int) -> None:
         """Lets pages `start` to `end` of a slot be found."""
@@ -246,7 +245,6 @@ class PageTables:
         """Releases all that a slot holds."""
         for kind, pool in enumerate(self.pools):
             pool.release(self.held(kind, slot))
-            self._first[kind][slot] = 0
         self._end[slot] = 0
 
     def forget(self) -> None:
@@ -272,7 +270,7 @@ class PageTables:
                 if digest not in pool:
                     since[kind] = end
                     if self._windows[kind] is None:
-                        return best
+                        return best  # full attention sees all of them, so no more can match
             if all(run <= self._first_seen(kind, end * self.page_size) for kind, run in enumerate(since)):
                 best = end
         return best

@@ -36,11 +36,13 @@ class Request:
 
       status: where it is.
       tokens: the prompt, and the tokens generated as far as they are known.
+      target: tokens to compute in all; the last one generated is never fed back.
       arrival: counts requests in the order they were added.
       slot: row of the device's state.
       computed: tokens whose keys and values are in pages once the steps planned so far are over.
       prefill: tokens that were known when it was admitted: those the host feeds.
       cached_tokens: of the prompt, found in pages when it was first admitted.
+      reused: tokens found in pages when it was last admitted.
       preemptions: how often.
       in_flight: plans that include it and are not completed.
       verifying: a plan in flight has drafts of it, so that `computed` may yet go down.
@@ -58,11 +60,13 @@ class Request:
 
     status: Status = dataclasses.field(default=Status.WAITING, init=False)
     tokens: list[int] = dataclasses.field(init=False, repr=False)
+    target: int = dataclasses.field(init=False)
     arrival: int | None = dataclasses.field(default=None, init=False)
     slot: int | None = dataclasses.field(default=None, init=False)
     computed: int = dataclasses.field(default=0, init=False)
     prefill: int = dataclasses.field(default=0, init=False)
     cached_tokens: int = dataclasses.field(default=0, init=False)
+    reused: int = dataclasses.field(default=0, init=False)
     preemptions: int = dataclasses.field(default=0, init=False)
     in_flight: int = dataclasses.field(default=0, init=False)
     verifying: bool = dataclasses.field(default=False, init=False)
@@ -71,16 +75,12 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+        self.target = len(self.prompt) + max(self.max_tokens - 1, 0)
 
     @property
     def output(self) -> list[int]:
         """Tokens generated, as far as they are known."""
         return self.tokens[len(self.prompt) :]
-
-    @property
-    def target(self) -> int:
-        """Tokens to compute in all. The last one generated is never fed back."""
-        return len(self.prompt) + max(self.max_tokens - 1, 0)
 
     @property
     def left(self) -> int:
@@ -117,6 +117,7 @@ class Piece(NamedTuple):
       decodes: the first token is the one that the slot sampled last, the others are `drafts`. Otherwise the host
         feeds `request.tokens[start : start + length]`.
       drafts: guesses to verify.
+      begins: the first piece since the request was given its slot, so that the slot's state is to be set up.
     """
 
     request: Request
@@ -126,6 +127,7 @@ class Piece(NamedTuple):
     limit: int
     decodes: bool
     drafts: tuple[int, ...] = ()
+    begins: bool = False
 
     @property
     def samples(self) -> bool:

@@ -208,20 +208,15 @@ class Scheduler:
 
     def _steps(self) -> int:
         """How many steps the next dispatch takes: 1, unless all that run just decode and have the pages to go on."""
+        several = self.config.decode_steps
         ready = [request for request in self._running if request.left]
-        if self._waiting or any(request.status is Status.PREEMPTED for request in self._leaving):
+        if self._waiting or not all(request.decoding and request.drafts is None for request in ready):
             return 1
-        if not all(
-            request.decoding and request.drafts is None and not request.verifying for request in ready
-        ):
+        if several == 1 or all(request.left == 1 for request in ready):
             return 1
-        ahead = [(request, min(self.config.decode_steps, request.left)) for request in ready]
-        if max((steps for _, steps in ahead), default=1) == 1:
-            return 1
-        lacking = sum(
-            self._tables.lacks(_slot(request), request.computed + steps) for request, steps in ahead
-        )
-        return self.config.decode_steps if lacking <= self._tables.available else 1
+        ends = [(_slot(request), request.computed + min(several, request.left)) for request in ready]
+        lacking = sum(self._tables.lacks(slot, end) for slot, end in ends)
+        return several if lacking <= self._tables.available else 1
 
     def _decodes(self, steps: int) -> list[Piece]:
         ready = [
@@ -255,7 +250,8 @@ class Scheduler:
 
     def _piece(self, request: Request, length: int, limit: int, drafts: tuple[int, ...] = ()) -> Piece:
         decodes = request.decoding
-        piece = Piece(request, _slot(request), request.computed, length, limit, decodes, drafts)
+        begins = request.computed == request.reused
+        piece = Piece(request, _slot(request), request.computed, length, limit, decodes, drafts, begins)
         request.computed += limit if decodes else length
         request.verifying = bool(drafts)
         request.in_flight += 1
@@ -275,7 +271,8 @@ class Scheduler:
             return False
         request.slot = heapq.heappop(self._slots)
         request.status = Status.RUNNING
-        request.registered, request.computed, request.prefill = hit, hit * page_size, known
+        request.registered, request.prefill = hit, known
+        request.reused = request.computed = hit * page_size
         if not request.preemptions:
             request.cached_tokens = request.computed
         self._prefix_hit_tokens += request.computed
@@ -293,7 +290,7 @@ class Scheduler:
         return 0
 
     def _make_room(self, request: Request) -> bool:
-        """Preempts the last of those that run, where that helps `request` at once."""
+        """Preempts the last of those that run, if `request` goes before it and pages are not coming anyway."""
         coming = self._leaving or any(other.left == 0 for other in self._running)
         if coming or (self._tables.windowed and request.in_flight):
             return False  # steps in flight will give pages back: nobody needs to leave for now
@@ -301,7 +298,7 @@ class Scheduler:
         if victim is request:
             return False  # it keeps what it has and goes on when others end, or leaves when they need it
         self._preempt(victim)
-        return not victim.in_flight
+        return True
 
     def _preempt(self, request: Request) -> None:
         self._leave(request)
@@ -362,8 +359,12 @@ def _check(piece: Piece, sampled: Sequence[int]) -> None:
     request = piece.request
     if len(sampled) > piece.limit:
         raise ValueError(f"request {request.id} got {len(sampled)} tokens and its limit was {piece.limit}")
+    if request.status is Status.ENDED:
+        return
+    if piece.samples and not piece.decodes and not sampled:
+        raise ValueError(f"request {request.id} got no token of its prompt to go on from; finish it first")
     known = piece.start + piece.length - len(piece.drafts)
-    if sampled and request.status is not Status.ENDED and known != len(request.tokens):
+    if sampled and known != len(request.tokens):
         raise ValueError(
             f"request {request.id} has {len(request.tokens)} tokens and was planned on from {known}: "
             "it ended early and was not finished; call finish"

@@ -21,6 +21,15 @@ def next_token(key, tokens):
     return zlib.crc32(repr((key, tuple(tokens))).encode()) // 7 % VOCAB
 
 
+def prompt_of(length, seed=0):
+    return random.Random(seed).choices(range(VOCAB), k=length)
+
+
+def shape(plan):
+    """(request's id, start, length, limit) of each piece."""
+    return [(p.request.id, p.start, p.length, p.limit) for p in plan.pieces]
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """What one position of a page holds: made of which weights, under which key, after which tokens."""
@@ -108,13 +117,12 @@ class Loop:
         self.weights += 1
 
     def schedule(self) -> Plan | None:
-        before = {request: request.slot for request in self.known if request.slot is not None}
         plan = self.scheduler.schedule()
         if plan is None:
             assert self.in_flight or self.scheduler.idle, "nothing in flight, and yet nothing to do"
             return None
         for piece in plan.pieces:
-            if before.get(piece.request) is None:
+            if piece.begins:
                 self.known[piece.request].weights = self.weights
         self._check_plan(plan)
         fed = [p.request.tokens[p.start : p.start + p.length] if not p.decodes else [] for p in plan.pieces]
@@ -165,6 +173,8 @@ class Loop:
 
     def _run(self, plan: Plan, piece: Piece, fed: list[int]) -> list[int]:
         truth, stops = self.known[piece.request].truth, self.known[piece.request].stops
+        if piece.begins:
+            self.last.pop(piece.slot, None)
         if not piece.decodes:
             assert tuple(fed) == truth[piece.start : piece.start + piece.length]
             self._feed(plan, piece, piece.start, fed)
@@ -221,6 +231,9 @@ class Loop:
         assert sum(piece.length for piece in plan.pieces) <= config.max_tokens_per_step
         assert len({piece.slot for piece in plan.pieces}) == len(plan.pieces)
         assert plan.steps in (1, config.decode_steps)
+        assert plan.steps == 1 or (
+            all(piece.decodes for piece in plan.pieces) and not self.scheduler._waiting
+        )
         decodes = [piece.decodes for piece in plan.pieces]
         assert decodes == sorted(decodes, reverse=True), "decodes come first"
         for piece in plan.pieces:
@@ -273,6 +286,8 @@ class Loop:
         for request, known in self.known.items():
             assert tuple(request.tokens) == known.truth[: len(request.tokens)]
             assert 0 <= request.in_flight <= len(self.in_flight)
+            assert (request.slot is None) == (request.in_flight == 0 and request.status is not Status.RUNNING)
+            assert request.computed == 0 or request.status is not Status.WAITING
 
     def _check_equal(self, places: list[tuple[Request, int]]) -> None:
         """Whoever shares a page has it at the same place, after the same tokens."""
