@@ -4,4 +4,14 @@ from jaxopt_llm.sharding.collectives import axis_index, is_manual, join_last, ps
 from jaxopt_llm.sharding.mesh import MESH_AXES, MeshSpec
 from jaxopt_llm.sharding.rules import RULES, AxisRules, Sharding
 
-__all__ = ["MESH_AXES", "RULES", "AxisRules", "MeshSpec", "Sharding", "axis_index", "is_manual", "join_last", "psum"]
+__all__ = [
+    "MESH_AXES",
+    "RULES",
+    "AxisRules",
+    "MeshSpec",
+    "Sharding",
+    "axis_index",
+    "is_manual",
+    "join_last",
+    "psum",
+]

@@ -5,12 +5,10 @@ host stays one dispatch ahead: it plans and sends the next before it reads the l
 """
 
 import asyncio
-import dataclasses
 import functools
 import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from typing import Any, Self
 
@@ -22,13 +20,14 @@ from jaxtyping import Float
 from jaxopt_llm.engine import inputs
 from jaxopt_llm.engine.config import EngineConfig
 from jaxopt_llm.engine.generation import Allowed, Generation, Wanted
-from jaxopt_llm.engine.plan import Metrics, Piece, Plan, Request
+from jaxopt_llm.engine.loop import Loop
+from jaxopt_llm.engine.plan import Metrics, Request
 from jaxopt_llm.engine.prompt import encode, several
-from jaxopt_llm.engine.request import Chunk, Prompt, Result, Score, TokenLogprob
+from jaxopt_llm.engine.request import Chunk, Prompt, Result, Score
+from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.sampling import SamplingParams
-from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler
-from jaxopt_llm.engine.step import Inputs, Out, Processor, Program, Sampled, Skeleton, State, step
-from jaxopt_llm.models import Transformer, init_cache, packed, weights
+from jaxopt_llm.engine.step import Processor
+from jaxopt_llm.models import Transformer
 from jaxopt_llm.text import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -94,18 +93,11 @@ class Engine:
         processors: Sequence[Processor] = (),
     ):
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
-        self._processors = tuple(processors)
-        for processor in self._processors:
+        for processor in processors:
             _check(processor, model.config.vocab_size)
         sizes = config.scheduler(model.config)
-        self._scheduler = Scheduler(sizes)
-        kernel = _on_one_device(model)
-        self._skeleton, self._leaves = Skeleton.split(packed(model) if kernel else model)
-        dtype = config.kv_dtype(model.dtype)
-        cache = init_cache(model.config, sizes.num_pages, sizes.page_size, dtype, kernel=kernel)
-        self._state = State(cache=cache, last_tokens=jnp.zeros(sizes.max_slots, jnp.int32))
-        self._generations: dict[int, Generation] = {}
-        self._in_flight: deque[tuple[Plan, list[Generation], Out]] = deque()
+        self._runner = Runner(model, sizes, config.kv_dtype(model.dtype), processors)
+        self._loop = Loop(self._runner, sizes, model.config.vocab_size)
         self._numbers = itertools.count()
         self._seeds = np.random.default_rng()
         self._lock = threading.RLock()
@@ -184,7 +176,7 @@ class Engine:
           ValueError: if it is empty, too long, has an id outside the vocabulary, or needs a tokenizer that is missing.
         """
         ids = encode(prompt, self.tokenizer, self.model_config.vocab_size)
-        context = self._scheduler.config.max_seq_len
+        context = self._loop.sizes.max_seq_len
         if len(ids) + room > context:
             more = "so that at least one more fits" if room else "to that"
             raise ValueError(
@@ -195,7 +187,7 @@ class Engine:
     def metrics(self) -> Metrics:
         """Requests and pages at this moment."""
         with self._lock:
-            return self._scheduler.metrics
+            return self._loop.metrics()
 
     def update(self, model: Transformer) -> None:
         """Exchanges the weights for others of the same shapes, without a compilation; what is in flight ends first.
@@ -204,14 +196,10 @@ class Engine:
           ValueError: if the model is not of the same form, or requests are still under way.
         """
         with self._lock:
-            if not self._scheduler.idle:
+            if not self._loop.idle:
                 raise ValueError("requests are under way; wait for them before the weights change")
-            skeleton, leaves = Skeleton.split(packed(model) if _on_one_device(model) else model)
-            form = lambda leaves: [(leaf.shape, leaf.dtype) for leaf in leaves]
-            if skeleton != self._skeleton or form(leaves) != form(self._leaves):
-                raise ValueError("the model has other parts, shapes or dtypes than the engine was made for")
-            self._leaves = leaves
-            self._scheduler.forget_prefixes()
+            self._runner.update(model)
+            self._loop.forget_prefixes()
 
     def warm_up(
         self,
@@ -229,33 +217,23 @@ class Engine:
           full: with every optional part, else without any.
           progress: called with (programs compiled, of all).
         """
-        sizes, vocab = self._scheduler.config, self.model_config.vocab_size
-        shapes = [(sizes.max_slots, tokens, 1) for tokens in self._token_buckets(prompt_tokens)]
+        sizes = self._loop.sizes
+        shapes = [(sizes.max_slots, tokens) for tokens in self._token_buckets(prompt_tokens)]
         most = inputs.row_bucket(rows or sizes.max_slots, sizes.max_slots)
         decoding = sorted({inputs.row_bucket(n, most) for n in range(1, most + 1)})
-        shapes += [(n, n, sizes.decode_steps) for n in decoding if rows is None or n == most]
-        pages = -(-sizes.max_seq_len // sizes.page_size)
-        table = np.zeros((len(sizes.windows), sizes.max_slots, pages), np.int32)
+        shapes += [(n, n) for n in decoding if rows is None or n == most]
         with self._lock:
-            for done, (count, tokens, steps) in enumerate(shapes):
+            for done, (count, tokens) in enumerate(shapes):
                 if progress:
                     progress(done, len(shapes))
-                batch = inputs.idle(
-                    rows=count,
-                    tokens=tokens,
-                    max_slots=sizes.max_slots,
-                    page_table=table,
-                    vocab_size=vocab,
-                    full=full,
-                )
-                self._run(batch, steps=steps, full=full)
+                self._loop.warm_up(count, tokens, full=full)
         if progress:
             progress(len(shapes), len(shapes))
         return len(shapes)
 
     def _token_buckets(self, prompt_tokens: int | None) -> list[int]:
         """Sizes of the steps that a prompt of this length takes, or any prompt."""
-        most = self._scheduler.config.max_tokens_per_step
+        most = self._loop.sizes.max_tokens_per_step
         if prompt_tokens is None:
             lengths = list(range(1, most + 1))
         else:
@@ -284,7 +262,7 @@ class Engine:
         allowed: Allowed | None = None,
     ) -> Generation:
         """Takes a request in; without `params` it generates nothing."""
-        room = self._scheduler.config.max_seq_len - len(ids)
+        room = self._loop.sizes.max_seq_len - len(ids)
         settings = params or SamplingParams()
         number = next(self._numbers)
         request = Request(
@@ -307,8 +285,7 @@ class Engine:
             allowed=allowed,
         )
         _check_bias(settings, self.model_config.vocab_size)
-        self._scheduler.add(request)
-        self._generations[number] = generation
+        self._loop.add(generation)
         return generation
 
     @property
@@ -330,72 +307,14 @@ class Engine:
         with self._lock:
             for generation in generations:
                 generation.end("cancelled")
-                self._close(generation)
+                self._loop.close(generation)
 
     def drive(self, ready: Callable[[], bool]) -> None:
         """Runs steps until what the caller waits for is there."""
         while not ready():
             with self._lock:
                 if not ready():
-                    self._advance()
-
-    def _advance(self) -> None:
-        """Sends the next dispatch, and reads the one before it."""
-        plan = self._scheduler.schedule() if len(self._in_flight) < MAX_IN_FLIGHT else None
-        if plan is not None:
-            generations = [self._generations[piece.request.id] for piece in plan.pieces]
-            self._in_flight.append((plan, generations, self._dispatch(plan, generations)))
-        if self._in_flight and (plan is None or len(self._in_flight) == MAX_IN_FLIGHT):
-            self._collect(*self._in_flight.popleft())
-        elif plan is None:
-            raise RuntimeError("the scheduler has nothing to do for requests that have not ended")
-
-    def _dispatch(self, plan: Plan, generations: list[Generation]) -> Out:
-        full = any(generation.full for generation in generations)
-        sizes = self._scheduler.config
-        batch = inputs.build(
-            plan,
-            generations,
-            max_slots=sizes.max_slots,
-            max_tokens=sizes.max_tokens_per_step,
-            vocab_size=self.model_config.vocab_size,
-            full=full,
-        )
-        return self._run(batch, steps=sizes.decode_steps if inputs.decodes_only(plan) else 1, full=full)
-
-    def _run(self, batch: Inputs, *, steps: int, full: bool) -> Out:
-        program = Program(skeleton=self._skeleton, steps=steps, full=full, processors=self._processors)
-        out, self._state = step(self._leaves, self._counting(self._state, full), batch, program=program)
-        return out
-
-    def _counting(self, state: State, full: bool) -> State:
-        """The state with what the full program counts, from the first time it runs."""
-        if not full or state.counts is not None:
-            return state
-        shape = (self._scheduler.config.max_slots, self.model_config.vocab_size)
-        return dataclasses.replace(state, seen=jnp.zeros(shape, bool), counts=jnp.zeros(shape, jnp.int32))
-
-    def _collect(self, plan: Plan, generations: list[Generation], out: Out) -> None:
-        """Gives each request what a dispatch gave it."""
-        sampled = jax.device_get(out.sampled)
-        now = time.perf_counter()
-        tokens: list[list[int]] = []
-        starts = [0, *itertools.accumulate(piece.length for piece in plan.pieces)]
-        for row, (piece, generation) in enumerate(zip(plan.pieces, generations, strict=True)):
-            if generation.ended:
-                tokens.append([])
-                continue
-            _take_prompt(piece, generation, out, starts[row])
-            tokens.append(_take_tokens(piece, generation, sampled, row, now))
-        self._scheduler.complete(plan, tokens)
-        for generation in generations:
-            if generation.ended:
-                self._close(generation)
-
-    def _close(self, generation: Generation) -> None:
-        """Forgets a request that has ended."""
-        self._scheduler.finish(generation.request)
-        self._generations.pop(generation.request.id, None)
+                    self._loop.advance()
 
 
 class Stream:
@@ -443,54 +362,8 @@ class Stream:
         self._engine.cancel([self._generation])
 
 
-def _on_one_device(model: Transformer) -> bool:
-    """Where the step may run in the platform's kernels: under automatic partitioning they would gather the weights."""
-    return len({device for leaf in jax.tree.leaves(weights(model)) for device in leaf.devices()}) == 1
-
-
 def _has_ended(generation: Generation) -> bool:
     return generation.ended
-
-
-def _take_prompt(piece: Piece, generation: Generation, out: Out, at: int) -> None:
-    """What is wanted of the prompt's tokens in this piece."""
-    request, wanted = generation.request, generation.wanted
-    place = slice(at, at + piece.length)
-    if piece.start == 0:  # the first time, or once more after a preemption
-        generation.scores.clear()
-        generation.hidden.clear()
-    if wanted.scores:
-        logprobs, best = np.asarray(out.target_logprob)[place], np.asarray(out.best)[place]
-        generation.scores.extend(zip(logprobs.tolist(), best.tolist(), strict=True))
-    if wanted.hidden:
-        generation.hidden.append(np.asarray(out.hidden)[place].astype(np.float32))
-    if not request.max_tokens and piece.start + piece.length == len(request.prompt):
-        generation.end("length")
-
-
-def _take_tokens(piece: Piece, generation: Generation, sampled: Sampled, row: int, now: float) -> list[int]:
-    """The tokens that came of a piece, up to the one that ended it."""
-    tokens: list[int] = []
-    for i in range(piece.limit):
-        if generation.ended:
-            break
-        if not sampled.finite[i, row]:
-            generation.end(
-                "error", "the model gave scores that are no numbers (NaN or infinite) for this request"
-            )
-            break
-        tokens.append(int(sampled.tokens[i, row]))
-        generation.add(tokens[-1], _logprob(sampled, i, row, generation.params.logprobs), now)
-    return tokens
-
-
-def _logprob(sampled: Sampled, step: int, row: int, count: int | None) -> TokenLogprob | None:
-    if count is None:
-        return None
-    assert sampled.logprob is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
-    ids, values = sampled.top_ids[step, row, :count], sampled.top_logprobs[step, row, :count]
-    top = tuple((int(i), float(v)) for i, v in zip(ids, values, strict=True))
-    return TokenLogprob(int(sampled.tokens[step, row]), float(sampled.logprob[step, row]), top)
 
 
 def _score(generation: Generation) -> Score:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool
 
-from jaxopt_llm.engine.plan import Request
+from jaxopt_llm.engine.plan import Piece, Request
 from jaxopt_llm.engine.request import Result, TokenLogprob
 from jaxopt_llm.engine.sampling import SamplingParams
+from jaxopt_llm.engine.step import Out, Sampled
 from jaxopt_llm.text import Detokenizer, Tokenizer
 
 Allowed = Callable[[Sequence[int]], Bool[np.ndarray, "V"] | None]
@@ -100,6 +101,48 @@ class Generation:
         elif len(self.tokens) == self.request.max_tokens:
             self.end("length")
 
+    def take_prompt(self, piece: Piece, out: Out, at: int) -> None:
+        """Takes what is wanted of the prompt's tokens in this piece, which start at `at` in the step."""
+        request, place = self.request, slice(at, at + piece.length)
+        if self.ended:
+            return
+        if piece.begins:  # the first time, or once more after a preemption
+            self.scores.clear()
+            self.hidden.clear()
+        if self.wanted.scores:
+            logprobs, best = np.asarray(out.target_logprob)[place], np.asarray(out.best)[place]
+            self.scores.extend(zip(logprobs.tolist(), best.tolist(), strict=True))
+        if self.wanted.hidden:
+            self.hidden.append(np.asarray(out.hidden)[place].astype(np.float32))
+        if not request.max_tokens and piece.start + piece.length == len(request.prompt):
+            self.end("length")
+
+    def take_tokens(self, piece: Piece, sampled: Sampled, row: int, now: float) -> list[int]:
+        """Takes the tokens that came of a piece, up to the one that ends it; which they are."""
+        tokens: list[int] = []
+        for i in range(piece.limit):
+            if self.ended:
+                break
+            if not sampled.finite[i, row]:
+                self.end(
+                    "error", "the model gave scores that are no numbers (NaN or infinite) for this request"
+                )
+                break
+            tokens.append(int(sampled.tokens[i, row]))
+            self.add(tokens[-1], _logprob(sampled, i, row, self.params.logprobs), now)
+        return tokens
+
+    def may_come(self) -> Bool[np.ndarray, "V"] | None:
+        """Which tokens may come next, None for all; if the request's own function fails, the request does."""
+        if self.allowed is None or self.ended:
+            return None
+        try:
+            allowed = self.allowed(self.tokens)
+            return None if allowed is None else np.asarray(allowed, bool)
+        except Exception as error:
+            self.end("error", f"the function of allowed tokens failed: {error}")
+            return None
+
     def end(self, reason: str, error: str | None = None) -> None:
         """No more tokens come."""
         if self._text is not None and not self.ended:
@@ -129,3 +172,12 @@ class Generation:
     def _say(self, text: str) -> None:
         if text:
             self._pieces.append(text)
+
+
+def _logprob(sampled: Sampled, step: int, row: int, count: int | None) -> TokenLogprob | None:
+    if count is None:
+        return None
+    assert sampled.logprob is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
+    ids, values = sampled.top_ids[step, row, :count], sampled.top_logprobs[step, row, :count]
+    top = tuple((int(i), float(v)) for i, v in zip(ids, values, strict=True))
+    return TokenLogprob(int(sampled.tokens[step, row]), float(sampled.logprob[step, row]), top)

@@ -1,6 +1,7 @@
 """A plan as the arrays that the step takes, padded to one of a few sizes. Host only: NumPy in, NumPy out."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,49 +31,47 @@ def row_bucket(rows: int, most: int) -> int:
     return min(most, power_of_two(rows))
 
 
-def idle(
-    *, rows: int, tokens: int, max_slots: int, page_table: np.ndarray, vocab_size: int, full: bool
-) -> Inputs:
-    """Arrays of these sizes that do nothing: what compiles a program without touching the state."""
+class Shape(NamedTuple):
+    """What a program is compiled for.
+
+    Attributes:
+      rows, tokens: B and T. Equal where every row decodes.
+      full: with every optional part.
+    """
+
+    rows: int
+    tokens: int
+    full: bool
+
+
+def shape(plans: Sequence[Plan], *, max_slots: int, max_tokens: int, full: bool) -> Shape:
+    """The smallest that serves all these plans, one a data shard."""
+    if all(map(decodes_only, plans)):
+        rows = row_bucket(max(len(plan.pieces) for plan in plans), max_slots)
+        return Shape(rows, rows, full)
+    tokens = max(sum(piece.length for piece in plan.pieces) for plan in plans)
+    return Shape(max_slots, token_bucket(tokens, max_tokens), full)
+
+
+def idle(shape: Shape, *, max_slots: int, page_table: np.ndarray, vocab_size: int) -> Inputs:
+    """Arrays that do nothing: what compiles a program without touching the state."""
     plan = Plan(pieces=(), steps=1, page_table=page_table)
-    return _arrays(plan, (), rows, tokens, max_slots=max_slots, vocab_size=vocab_size, full=full)
+    return build(plan, (), shape, max_slots=max_slots, vocab_size=vocab_size)
 
 
 def build(
-    plan: Plan,
-    generations: Sequence[Generation],
-    *,
-    max_slots: int,
-    max_tokens: int,
-    vocab_size: int,
-    full: bool,
+    plan: Plan, generations: Sequence[Generation], shape: Shape, *, max_slots: int, vocab_size: int
 ) -> Inputs:
     """The arrays of a plan.
 
     Args:
       plan: from the scheduler.
       generations: one for each piece.
-      max_slots, max_tokens: of the engine; they end the lists of sizes.
+      shape: that it fits in.
+      max_slots: of the engine; the slot of rows that are padding.
       vocab_size: V.
-      full: whether the full program will run.
     """
-    if decodes_only(plan):
-        rows = total = row_bucket(len(plan.pieces), max_slots)
-    else:
-        rows, total = max_slots, token_bucket(sum(piece.length for piece in plan.pieces), max_tokens)
-    return _arrays(plan, generations, rows, total, max_slots=max_slots, vocab_size=vocab_size, full=full)
-
-
-def _arrays(
-    plan: Plan,
-    generations: Sequence[Generation],
-    rows: int,
-    total: int,
-    *,
-    max_slots: int,
-    vocab_size: int,
-    full: bool,
-) -> Inputs:
+    rows, total, full = shape
     pieces = plan.pieces
     tokens, positions = np.zeros(total, np.int32), np.zeros(total, np.int32)
     row_of = np.full(total, rows, np.int32)
@@ -137,15 +136,13 @@ def _extras(
     for row, (piece, generation) in enumerate(zip(pieces, generations, strict=True)):
         shifts = generation.params.logit_bias or {}
         bias_ids[row, : len(shifts)], bias[row, : len(shifts)] = list(shifts), list(shifts.values())
-        if generation.allowed is not None and piece.samples:
-            allowed = generation.allowed(generation.tokens)
-            if allowed is not None:
-                mask[row] = pack_mask(np.asarray(allowed, bool))
+        if piece.samples and (allowed := generation.may_come()) is not None:
+            mask[row] = pack_mask(allowed)
         if generation.wanted.scores:
             after = piece.request.prompt[piece.start + 1 : piece.start + 1 + piece.length]
             targets[starts[row] : starts[row] + len(after)] = after
     return Extras(
-        fresh=_padded([not piece.decodes and piece.start == 0 for piece in pieces], rows, 0).astype(bool),
+        fresh=_padded([piece.begins for piece in pieces], rows, 0).astype(bool),
         prompt_len=_padded([len(piece.request.prompt) for piece in pieces], rows, 0),
         bias_ids=bias_ids,
         bias=bias,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxopt_llm.engine.scheduler import SchedulerConfig
@@ -96,7 +96,7 @@ class Runner:
             found.append(skeleton)
             return parts
 
-        specs = tuple(leaf.sharding.spec for leaf in leaves)
+        specs = tuple(_partition(leaf) for leaf in leaves)
         local = jax.shard_map(body, mesh=self._mesh, in_specs=specs, out_specs=PACKED, check_vma=False)
         parts = jax.jit(local)(*leaves)
         return found[-1], parts
@@ -120,7 +120,14 @@ class Runner:
         """What a function makes, on every device."""
         if self._mesh is None:
             return function()
-        return jax.jit(jax.shard_map(function, mesh=self._mesh, in_specs=(), out_specs=HELD, check_vma=False))()
+        return jax.jit(
+            jax.shard_map(function, mesh=self._mesh, in_specs=(), out_specs=HELD, check_vma=False)
+        )()
+
+
+def _partition(leaf: Array) -> PartitionSpec:
+    assert isinstance(leaf.sharding, NamedSharding), "on a mesh"
+    return leaf.sharding.spec
 
 
 def _mesh(model: Transformer) -> Mesh | None:
@@ -133,5 +140,7 @@ def _mesh(model: Transformer) -> Mesh | None:
     mesh = placed[0].mesh
     others = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in ("data", "tensor")}
     if others:
-        raise ValueError(f"the engine splits over data and tensor, not over {others}; take a mesh of those axes")
+        raise ValueError(
+            f"the engine splits over data and tensor, not over {others}; take a mesh of those axes"
+        )
     return mesh

@@ -23,6 +23,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
+import numpy as np
+from jaxtyping import Int32
+
 from jaxopt_llm.engine.pages import PageTables, extend_chain
 from jaxopt_llm.engine.plan import Metrics, Piece, Plan, Request, Status
 
@@ -91,6 +94,11 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether there is nothing to plan and nothing to complete."""
         return not (self._waiting or self._running or self._in_flight)
+
+    @property
+    def page_table(self) -> Int32[np.ndarray, "G R P"]:
+        """As it is; read-only."""
+        return self._tables.snapshot()
 
     @property
     def metrics(self) -> Metrics:

@@ -215,9 +215,7 @@ def step(leaves: tuple[Array, ...], state: State, inputs: Inputs, *, program: Pr
     )(leaves, state, inputs)
 
 
-def _step(
-    leaves: tuple[Array, ...], state: State, inputs: Inputs, program: Program
-) -> tuple[Out, State]:
+def _step(leaves: tuple[Array, ...], state: State, inputs: Inputs, program: Program) -> tuple[Out, State]:
     model = program.skeleton.fill(leaves)
     tokens = jnp.where(inputs.tokens < 0, _of_rows(state.last_tokens, inputs)[inputs.rows], inputs.tokens)
     if program.steps > 1:
@@ -370,15 +368,9 @@ def _score(
 
     def compute() -> tuple[Array, Array]:
         count = targets.shape[0]
-        blocks = -(-count // HELD = P(("data", "tensor"))  # how the state lies on a mesh: each device's part is its own
-PACKED = P("tensor")  # and the parameters: the data shards have the same
-_ROWS_OF_LOGITS)
-        pad = lambda a: jnp.pad(a, ((0, blocks * HELD = P(("data", "tensor"))  # how the state lies on a mesh: each device's part is its own
-PACKED = P("tensor")  # and the parameters: the data shards have the same
-_ROWS_OF_LOGITS - count),) + ((0, 0),) * (a.ndim - 1))
-        cut = lambda a: pad(a).reshape(blocks, HELD = P(("data", "tensor"))  # how the state lies on a mesh: each device's part is its own
-PACKED = P("tensor")  # and the parameters: the data shards have the same
-_ROWS_OF_LOGITS, *a.shape[1:])
+        blocks = -(-count // _ROWS_OF_LOGITS)
+        pad = lambda a: jnp.pad(a, ((0, blocks * _ROWS_OF_LOGITS - count),) + ((0, 0),) * (a.ndim - 1))
+        cut = lambda a: pad(a).reshape(blocks, _ROWS_OF_LOGITS, *a.shape[1:])
         return jax.tree.map(lambda a: a.reshape(-1)[:count], jax.lax.map(block, (cut(hidden), cut(targets))))
 
     nothing = lambda: (jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, jnp.int32))

@@ -1,0 +1,185 @@
+"""The loop: plans, dispatches and what comes of them, the host one dispatch ahead of what it has read.
+
+Each data shard has a scheduler, slots and pages of its own; one dispatch serves all of them.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxopt_llm.engine import inputs
+from jaxopt_llm.engine.generation import Generation
+from jaxopt_llm.engine.plan import Metrics, Plan
+from jaxopt_llm.engine.runner import Runner
+from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerConfig
+from jaxopt_llm.engine.step import Out
+
+
+class _Part(NamedTuple):
+    """What one data shard does in a dispatch."""
+
+    plan: Plan | None
+    generations: list[Generation]
+    out: Out
+
+
+class Loop:
+    """Requests under way on one runner.
+
+    Args:
+      runner: the device's side.
+      sizes: of each data shard.
+      vocab_size: V.
+    """
+
+    def __init__(self, runner: Runner, sizes: SchedulerConfig, vocab_size: int):
+        self.sizes = sizes
+        self._runner, self._vocab_size = runner, vocab_size
+        self._schedulers = [Scheduler(sizes) for _ in range(runner.shards)]
+        self._running: list[dict[int, Generation]] = [{} for _ in self._schedulers]
+        self._in_flight: deque[list[_Part]] = deque()
+        self._failure: BaseException | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to plan and nothing to read."""
+        return all(scheduler.idle for scheduler in self._schedulers)
+
+    def metrics(self) -> Metrics:
+        """Over all data shards."""
+        return _sum([scheduler.metrics for scheduler in self._schedulers])
+
+    def add(self, generation: Generation) -> None:
+        """Takes a request in, where the fewest are.
+
+        Raises:
+          ValueError: if it could never run.
+        """
+        shard = min(range(len(self._running)), key=lambda i: len(self._running[i]))
+        self._schedulers[shard].add(generation.request)
+        self._running[shard][generation.request.id] = generation
+
+    def close(self, generation: Generation) -> None:
+        """Forgets a request that has ended."""
+        for scheduler, running in zip(self._schedulers, self._running, strict=True):
+            if running.pop(generation.request.id, None):
+                scheduler.finish(generation.request)
+
+    def forget_prefixes(self) -> None:
+        """The weights have changed: nothing computed so far is shared with later requests."""
+        for scheduler in self._schedulers:
+            scheduler.forget_prefixes()
+
+    def advance(self) -> None:
+        """Sends the next dispatch, and reads the one before it.
+
+        Raises:
+          RuntimeError: if an earlier dispatch failed: what was on the device is lost.
+        """
+        if self._failure is not None:
+            raise RuntimeError(
+                "a step of this engine failed, and its cache is lost; make a new engine"
+            ) from self._failure
+        try:
+            self._advance()
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def warm_up(self, rows: int, tokens: int, *, full: bool) -> None:
+        """Compiles the program of this size: see `inputs.idle`."""
+        sizes = self.sizes
+        pages = -(-sizes.max_seq_len // sizes.page_size)
+        table = np.zeros((len(sizes.windows), sizes.max_slots, pages), np.int32)
+        batch = inputs.idle(
+            inputs.Shape(rows, tokens, full),
+            max_slots=sizes.max_slots,
+            page_table=table,
+            vocab_size=self._vocab_size,
+        )
+        self._runner.run([batch] * len(self._schedulers), steps=self._steps(rows, tokens), full=full)
+
+    def _advance(self) -> None:
+        plans = [self._plan(scheduler) for scheduler in self._schedulers]
+        if any(plans):
+            self._in_flight.append(self._dispatch(plans))
+        if self._in_flight and (not any(plans) or len(self._in_flight) == MAX_IN_FLIGHT):
+            self._collect(self._in_flight.popleft())
+        elif not any(plans):
+            raise RuntimeError("nothing can be planned for requests that have not ended")
+
+    def _plan(self, scheduler: Scheduler) -> Plan | None:
+        return scheduler.schedule() if len(self._in_flight) < MAX_IN_FLIGHT else None
+
+    def _dispatch(self, plans: Sequence[Plan | None]) -> list[_Part]:
+        sizes = self.sizes
+        generations = [
+            [running[piece.request.id] for piece in plan.pieces] if plan else []
+            for plan, running in zip(plans, self._running, strict=True)
+        ]
+        full = any(generation.full for generation in itertools.chain(*generations))
+        shape = inputs.shape(
+            [plan for plan in plans if plan],
+            max_slots=sizes.max_slots,
+            max_tokens=sizes.max_tokens_per_step,
+            full=full,
+        )
+        batches = [
+            inputs.build(
+                plan or _nothing(self._schedulers[i]),
+                generations[i],
+                shape,
+                max_slots=sizes.max_slots,
+                vocab_size=self._vocab_size,
+            )
+            for i, plan in enumerate(plans)
+        ]
+        outs = self._runner.run(batches, steps=self._steps(shape.rows, shape.tokens), full=full)
+        return [_Part(*part) for part in zip(plans, generations, outs, strict=True)]
+
+    def _steps(self, rows: int, tokens: int) -> int:
+        """A program in which every row has one token decodes; in others, one step is all."""
+        return self.sizes.decode_steps if rows == tokens else 1
+
+    def _collect(self, parts: Sequence[_Part]) -> None:
+        """Gives each request what a dispatch gave it."""
+        for scheduler, (plan, generations, out) in zip(self._schedulers, parts, strict=True):
+            if plan is None:
+                continue
+            sampled = jax.device_get(out.sampled)
+            now = time.perf_counter()
+            starts = itertools.accumulate((piece.length for piece in plan.pieces), initial=0)
+            tokens = []
+            for row, (piece, generation, start) in enumerate(
+                zip(plan.pieces, generations, starts, strict=False)
+            ):
+                generation.take_prompt(piece, out, start)
+                tokens.append(generation.take_tokens(piece, sampled, row, now))
+            scheduler.complete(plan, tokens)
+            for generation in generations:
+                if generation.ended:
+                    self.close(generation)
+
+
+def _nothing(scheduler: Scheduler) -> Plan:
+    """For a data shard that has nothing to do while others have."""
+    return Plan(pieces=(), steps=1, page_table=scheduler.page_table)
+
+
+def _sum(parts: Sequence[Metrics]) -> Metrics:
+    total = lambda name: sum(getattr(part, name) for part in parts)
+    each = lambda name: tuple(map(sum, zip(*(getattr(part, name) for part in parts), strict=True)))
+    return Metrics(
+        waiting=total("waiting"),
+        running=total("running"),
+        pages_used=each("pages_used"),
+        pages_cached=each("pages_cached"),
+        pages_free=each("pages_free"),
+        prefix_hit_tokens=total("prefix_hit_tokens"),
+        preemptions=total("preemptions"),
+    )
