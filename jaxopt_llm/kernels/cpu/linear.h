@@ -4,7 +4,7 @@
 // Within a panel, a block is 32 inputs: `[panel][block][vector][16 outputs][4 inputs]`. Bytes are codes + 128. A byte of
 // nibbles holds the codes of inputs 8k + j (low) and 8k + 4 + j (high), of 8 vectors' worth in 4.
 //
-// Rows of activations come in tiles, as many rows as the registers take: `[block][vector][row][4 inputs]`.
+// Rows of activations come in tiles, as many rows as the registers take: `[block][row][32 inputs]`.
 //
 // A row's arithmetic is the same in a tile of any height, and no sum is split, so its bits depend on nothing beside it.
 #pragma once

@@ -48,7 +48,7 @@ inline void for_each_tile(const LinearArgs& args, size_t stripe, Use use) {
 
 // ---- activations ----------------------------------------------------------------------------------------------------
 
-// Where a row goes: its tile, and its place among the rows there.
+// Where a row goes in its tile: a block of it follows the same block of the row before.
 struct TileRow {
   int8_t* codes;
   float* values;
@@ -59,9 +59,9 @@ struct TileRow {
   int32_t zero;  // what the product sees in place of the code 0
 
   TileRow(const LinearArgs& args, const Tiles& tiles, size_t base, size_t row, size_t height) : height(height) {
-    const size_t first = base * args.inputs, first_block = base * args.blocks() + row;
-    codes = tiles.codes + first + 4 * row;
-    values = tiles.values + first + row;
+    const size_t first = base * args.inputs + row * kBlock, first_block = base * args.blocks() + row;
+    codes = tiles.codes + first;
+    values = tiles.values + first;
     scale = tiles.scale + first_block;
     sum = tiles.sum + first_block;
     start = tiles.start + first_block;
@@ -75,12 +75,8 @@ struct TileRow {
     const F32 divisor = simd::broadcast(step), inverse = simd::broadcast(1.0f / step);
     const I32 first = simd::clip(simd::round(simd::divide(a, divisor, inverse)), 127);
     const I32 second = simd::clip(simd::round(simd::divide(b, divisor, inverse)), 127);
-    int8_t rounded[kBlock];
-    simd::store_bytes(rounded, first);
-    simd::store_bytes(rounded + kLanes, second);
-    int8_t* to = codes + block * kBlock * height;
-    JAXOPT_UNROLL
-    for (size_t k = 0; k < kVectors; ++k) std::memcpy(to + 4 * k * height, rounded + 4 * k, 4);
+    simd::store_bytes(codes + block * height * kBlock, first);
+    simd::store_bytes(codes + block * height * kBlock + kLanes, second);
 
     const int32_t total = simd::reduce_add(simd::add(first, second));
     scale[block * height] = block_scale;
@@ -89,11 +85,8 @@ struct TileRow {
   }
 
   JAXOPT_INLINE void put_plain(size_t block, F32 a, F32 b) {
-    float plain[kBlock];
-    simd::store(plain, a);
-    simd::store(plain + kLanes, b);
-    float* to = values + block * kBlock * height;
-    for (size_t i = 0; i < kBlock; ++i) to[i * height] = plain[i];
+    simd::store(values + block * height * kBlock, a);
+    simd::store(values + block * height * kBlock + kLanes, b);
     sum[block * height] = simd::reduce_add(simd::add(a, b));
   }
 };
@@ -181,7 +174,7 @@ struct RoundedRows {
     for (size_t k = 0; k < kVectors; ++k) {
       const auto weights = Form::vector(codes, k);
       JAXOPT_UNROLL
-      for (size_t r = 0; r < kRows; ++r) sum[r] = simd::dot(sum[r], weights, simd::four_inputs(x + (k * kRows + r) * 4));
+      for (size_t r = 0; r < kRows; ++r) sum[r] = simd::dot(sum[r], weights, simd::four_inputs(x + r * kBlock + 4 * k));
     }
     JAXOPT_UNROLL
     for (size_t r = 0; r < kRows; ++r) {
@@ -215,7 +208,7 @@ struct PlainRows {
         const F32 value = Form::value(weights, j, zero);
         JAXOPT_UNROLL
         for (size_t r = 0; r < kRows; ++r) {
-          sum[r] = simd::fma(value, simd::broadcast(x[(4 * k + j) * kRows + r]), sum[r]);
+          sum[r] = simd::fma(value, simd::broadcast(x[r * kBlock + 4 * k + j]), sum[r]);
         }
       }
     }
