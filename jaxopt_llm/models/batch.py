@@ -1,11 +1,7 @@
 """`Batch`: which token belongs to which slot at which position. `Cache`: the pages of every layer."""
 
 import dataclasses
-<<<<<<< HEAD
 from collections.abc import Sequence
-=======
-import functools
->>>>>>> attn/cpu-attention
 from typing import Self
 
 import jax
@@ -85,7 +81,6 @@ class Batch:
 
 
 def init_cache(
-<<<<<<< HEAD
     config: ModelConfig,
     num_pages: Sequence[int],
     page_size: int,
@@ -107,12 +102,3 @@ def init_cache(
     counts = [num_pages[config.kind(layer)] for layer in range(config.num_layers)]
     width = (config.kv_heads_of_shard(shards), config.head_dim)
     return tuple(kernels.init_pages(count, page_size, *width, dtype, kernel=kernel) for count in counts)
-=======
-    config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype, *, kernel: bool = False
-) -> Cache:
-    """Empty pages for every layer: `num_pages` of `page_size` tokens. `kernel`: as `kernels.init_pages` has it."""
-    pages = functools.partial(
-        kernels.init_pages, num_pages, page_size, config.num_kv_heads, config.head_dim, dtype, kernel=kernel
-    )
-    return tuple(pages() for _ in range(config.num_layers))
->>>>>>> attn/cpu-attention
