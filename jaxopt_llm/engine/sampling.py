@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,23 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 _MASKED = -jnp.inf
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+_TOP_K = 2**31 - 1  # as an int32; more than any vocabulary has
+
+# What each setting may be: its kind, least and largest value, and all that in words. None only where it is the default.
+_RULES: dict[str, tuple[type, float, float, str]] = {
+    "max_tokens": (Integral, 1, math.inf, "a whole number of at least 1"),
+    "temperature": (Real, 0, _LARGEST, "a finite float32 of at least 0"),
+    "top_k": (Integral, 0, math.inf, "a whole number of at least 0; 0 keeps every token"),
+    "top_p": (Real, _SMALLEST, 1, "a number above 0 and at most 1; 1 keeps every token"),
+    "min_p": (Real, 0, 1, "a number from 0 to 1; 0 keeps every token"),
+    "repetition_penalty": (Real, _SMALLEST, _LARGEST, "a finite float32 above 0; 1 changes nothing"),
+    "presence_penalty": (Real, -_LARGEST, _LARGEST, "a finite float32; 0 changes nothing"),
+    "frequency_penalty": (Real, -_LARGEST, _LARGEST, "a finite float32; 0 changes nothing"),
+    "seed": (Integral, -math.inf, math.inf, "a whole number, or None to draw one"),
+    "ignore_eos": (bool, False, True, "True or False"),
+    "logprobs": (Integral, 0, 100, "a whole number from 0 to 100, or None"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,28 +64,14 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        rules = (
-            ("max_tokens", 1, math.inf),
-            ("temperature", 0, math.inf),
-            ("top_k", 0, math.inf),
-            ("top_p", math.ulp(0), 1),
-            ("min_p", 0, 1),
-            ("repetition_penalty", math.ulp(0), math.inf),
-            ("presence_penalty", -math.inf, math.inf),
-            ("frequency_penalty", -math.inf, math.inf),
-            ("logprobs", 0, 100),
-        )
-        for name, low, high in rules:
+        for name, (kind, low, high, words) in _RULES.items():
             value = getattr(self, name)
-            if value is None and name == "logprobs":
+            if value is None and getattr(type(self), name) is None:
                 continue
-            if not math.isfinite(value) or not low <= value <= high:
-                above = "more than 0" if low == math.ulp(0) else f"at least {low}"
-                limit = f" and at most {high}" if math.isfinite(high) else ""
-                raise ValueError(f"{name}={value} must be finite, {above}{limit}")
-        if "" in self.stop:
-            raise ValueError("stop strings must not be empty")
+            fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+            if not fits or not low <= value <= high:
+                raise ValueError(f"{name}={value!r} must be {words}")
+        object.__setattr__(self, "stop", _strings(self.stop))
 
     @property
     def penalizes(self) -> bool:
@@ -95,7 +99,7 @@ class SlotSampling:
         seeds = [draw.integers(2**32) if p.seed is None else p.seed % 2**32 for p in params]
         return cls(
             temperature=column("temperature", jnp.float32),
-            top_k=column("top_k", jnp.int32),
+            top_k=jnp.asarray([min(p.top_k, _TOP_K) for p in params], jnp.int32),
             top_p=column("top_p", jnp.float32),
             min_p=column("min_p", jnp.float32),
             repetition=column("repetition_penalty", jnp.float32),
@@ -103,6 +107,13 @@ class SlotSampling:
             frequency=column("frequency_penalty", jnp.float32),
             keys=jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
         )
+
+
+def _strings(stop: Any) -> tuple[str, ...]:
+    strings = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"{stop=} must be a string or several, none of them empty")
+    return strings
 
 
 def penalize(
