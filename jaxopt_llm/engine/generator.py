@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxopt_llm.engine.request import Chunk, Prompt, Result, TokenLogprob
+from jaxopt_llm.engine.prompt import Prompt, Prompts, encode, several
+from jaxopt_llm.engine.request import Chunk, Result, TokenLogprob
 from jaxopt_llm.engine.sampling import SamplingParams, SlotSampling
 from jaxopt_llm.engine.step import PAGE_SIZE, Out, Processor, Program, Skeleton, State, decode, prefill
 from jaxopt_llm.models import Transformer
@@ -23,7 +24,7 @@ _STEPS = 8  # decode steps a dispatch
 def generate(
     model: Transformer,
     tokenizer: Tokenizer | None,
-    prompts: Prompt | Sequence[Prompt],
+    prompts: Prompts,
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     processors: Sequence[Processor] = (),
@@ -35,7 +36,7 @@ def generate(
       model: any model, quantized, on a mesh or neither.
       tokenizer: may be None where prompts are token ids and no text is wanted.
       prompts: one or several of: a string, taken as it is; a list of messages
-        (`{"role": ..., "content": ...}`), which goes through the chat template; a list of token ids.
+        (`{"role": ..., "content": ...}`), which goes through the chat template; a list or array of token ids.
       params: settings for all prompts, or one for each.
       processors: JAX functions `(logits [R, V], last tokens [R], positions [R]) -> logits`, before sampling.
       **settings: `SamplingParams` fields, in place of `params`.
@@ -44,7 +45,7 @@ def generate(
       a `Result` for each prompt, in order.
 
     Raises:
-      ValueError: for an empty prompt, one longer than the model's context, or bad settings.
+      ValueError: for an empty prompt, one of mixed parts or longer than the context, or bad settings.
     """
     if params is not None and settings:
         raise ValueError(f"give params or {', '.join(settings)}, not both")
@@ -66,12 +67,10 @@ class Generator:
         for processor in self._processors:
             _check(processor, model.config.vocab_size)
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[Result]:
+    def generate(self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams]) -> list[Result]:
         """As the function `generate`."""
         start = time.perf_counter()
-        ids = [self.encode(prompt) for prompt in _several(prompts)]
+        ids = [self.encode(prompt) for prompt in several(prompts)]
         each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(ids):
             raise ValueError(f"{len(each)} params for {len(ids)} prompts; give one, or one for each")
@@ -97,33 +96,8 @@ class Generator:
             pass
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt.
-
-        Raises:
-          ValueError: if it is empty, has an id outside the vocabulary, or needs a tokenizer that is missing.
-        """
-        ids = self._ids(prompt)
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        outside = [token for token in ids if not 0 <= token < self.config.vocab_size]
-        if outside:
-            raise ValueError(f"token id {outside[0]} lies outside the vocabulary of {self.config.vocab_size}")
-        if len(ids) >= self.config.max_seq_len:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens and the context is {self.config.max_seq_len}; "
-                "shorten it so that at least one more fits"
-            )
-        return ids
-
-    def _ids(self, prompt: Prompt) -> list[int]:
-        messages = [item for item in prompt if isinstance(item, Mapping)]
-        if not isinstance(prompt, str) and not messages:
-            return [int(token) for token in prompt]  # type: ignore[arg-type]
-        if self.tokenizer is None:
-            raise ValueError("text prompts need a tokenizer; without one, give token ids")
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, parse_special=True) if prompt else []
-        return self.tokenizer.encode_chat(messages)
+        """The token ids of a prompt; `ValueError` for one that this model cannot continue."""
+        return encode(prompt, self.tokenizer, self.config)
 
     def _run(self, requests: Sequence["_Active"]) -> Iterator[None]:
         """Runs requests side by side to their ends; yields whenever there may be something new."""
@@ -245,15 +219,6 @@ def _logprob(out: Out, step: int, slot: int, count: int) -> TokenLogprob:
     return TokenLogprob(int(out.tokens[step, slot]), float(out.logprob[step, slot]), top)
 
 
-def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, whether one or several were given."""
-    if isinstance(prompts, str):
-        return [prompts]
-    items: list[Any] = list(prompts)
-    alone = bool(items) and all(isinstance(item, Mapping | int | np.integer) for item in items)
-    return [items] if alone else items
-
-
 def _bucket(tokens: int) -> int:
     """The next of 32, 48, 64, 96, 128, ...: few shapes, and at most a third of one is padding."""
     size = 32
@@ -271,5 +236,6 @@ def _check(processor: Processor, vocab_size: int) -> None:
         result = jax.eval_shape(processor, logits, ids, ids)
     except Exception as error:
         raise ValueError(f"logits processor {name} fails: {error}") from error
-    if result.shape != logits.shape or result.dtype != logits.dtype:
+    is_array = isinstance(result, jax.ShapeDtypeStruct)
+    if not is_array or (result.shape, result.dtype) != (logits.shape, logits.dtype):
         raise ValueError(f"logits processor {name} gives {result}; it must give {logits}")

@@ -1,11 +1,6 @@
-"""What goes in and what comes out."""
+"""What comes out."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[Message] | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
