@@ -217,6 +217,8 @@ def test_a_pickle_by_its_name(unloadable, tmp_path, name):
         ("--dtype=int4", "dtype='int4' must be native, float32"),
         ("--quantize=int5", "unknown quantization 'int5'; known are int8, int8_block"),
         ("--mesh=tensor=7", "does not divide heads=8"),
+        ("--mesh=stage=2", "mesh stage=2 would split nothing: pipeline stages are not built yet"),
+        ("--mesh=expert=2", "mesh expert=2 would split nothing: the model has no experts"),
         ("--mesh=tensor", "mesh axis 'tensor' needs a size, as in tensor=2"),
         ("--tempurature=1", "generate has no flag --tempurature (did you mean --temperature?)"),
         ("--max_tokens=ten", "flag --max_tokens=ten"),
@@ -225,6 +227,19 @@ def test_a_pickle_by_its_name(unloadable, tmp_path, name):
 def test_flags_of_generate(refused, data_dir, flag, message):
     model = f"--model={data_dir / 'stories260K.gguf'}"
     assert message in refused("generate", model, "--prompt=x", flag)
+
+
+def test_no_command_takes_a_data_axis(refused, data_dir, tmp_path):
+    """Before the model is loaded."""
+    text = f"--text={data_dir / 'wikitext.txt'}"
+    for command in (
+        ["generate", "--prompt=x"],
+        ["chat"],
+        ["eval", text],
+        ["optimize", "--config=int8", f"--out={tmp_path / 'out'}"],
+    ):
+        line = refused(*command, f"--model={data_dir / 'stories260K.gguf'}", "--mesh=data=2,tensor=4")
+        assert line == "--mesh=data=2,tensor=4: commands do not split batches over data yet; leave data at 1"
 
 
 def test_a_prompt_longer_than_the_context(refused, data_dir):

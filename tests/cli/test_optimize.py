@@ -119,7 +119,7 @@ def test_configs_of_another_kind_are_refused(run_cli, tmp_path):
 
 
 def test_dtype_and_mesh(optimize, tmp_path):
-    done = optimize(f"--out={tmp_path / 'out'}", "--dtype=bfloat16", "--mesh=data=2,tensor=4", "--json")
+    done = optimize(f"--out={tmp_path / 'out'}", "--dtype=bfloat16", "--mesh=tensor=4", "--json")
     assert done.code == 0, done.stderr
     before = json.loads(done.stdout.splitlines()[-1])["before"]
     assert before["bytes"] == 2 * before["parameters"]
