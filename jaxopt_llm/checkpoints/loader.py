@@ -159,6 +159,19 @@ def stored_bytes(path: Path) -> dict[str, int]:
         return dict(sizes)
 
 
+def file_bytes(path: Path) -> int | None:
+    """Bytes of a checkpoint's file or files; None for a remote one.
+
+    Of a Hugging Face directory the safetensors alone: it may hold the same weights in other forms too.
+    """
+    if not isinstance(path, Path):  # remote
+        return None
+    if path.is_file():
+        return path.stat().st_size
+    files = list(path.glob("*.safetensors")) or path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def _open(path: Path) -> TensorSource:
     if path.suffix == ".gguf":
         return gguf_file.open_file(path)

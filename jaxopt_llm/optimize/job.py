@@ -136,7 +136,7 @@ def _report(
 ) -> Report:
     return Report(
         parameters=num_params(model),
-        file_bytes=None if path is None else _file_bytes(path),
+        file_bytes=None if path is None else checkpoints.file_bytes(path),
         bytes=num_bytes(model),
         perplexity=perplexity,
         kld_mean=kld_mean,
@@ -144,13 +144,3 @@ def _report(
         prefill_tokens_per_s=speed.prefill_tokens_per_s,
         decode_tokens_per_s=speed.decode_tokens_per_s,
     )
-
-
-def _file_bytes(path: Path) -> int | None:
-    """Of a Hugging Face directory the safetensors alone: it may hold the same weights in other forms too."""
-    if not isinstance(path, Path):  # remote
-        return None
-    if path.is_file():
-        return path.stat().st_size
-    files = list(path.glob("*.safetensors")) or path.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
