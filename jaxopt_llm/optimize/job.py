@@ -81,8 +81,10 @@ def optimize(
             "the model has no tokenizer, and text can be neither scored nor generated without one"
         )
     measure = recipe.measure
+    measure.check(model.config.max_seq_len)
     stage = lambda name: functools.partial(progress or _ignore, name)
     ids = tokenizer.encode(sample_text() if text is None else text, add_special=False)
+    evaluate.check_text(ids)
     small = _compress(model, recipe, stage("compressing"))
     quality = evaluate.compare(
         small, model, ids, window=measure.window, windows=measure.windows, progress=stage("comparing on text")
