@@ -11,9 +11,16 @@ PROMPT ?= Why is the sky blue?
 
 # Scripts in benchmarks/ that `make verify` runs; each writes its figures into benchmarks/results/. Those of PEER
 # run where it names a Python that has llama-cpp-python.
-BENCHMARKS := quality
+BENCHMARKS := long_tests quality
 PEER_BENCHMARKS := tokenizer_agreement llama_cpp_loads
 PEER ?=
+define NO_PEER
+*** SKIPPED, as PEER is not set: $(PEER_BENCHMARKS), and the verify tests against llama.cpp.
+*** Their records in benchmarks/results/ are not of this run. To have them:
+***   python3 -m venv .venv-peer && .venv-peer/bin/pip install llama-cpp-python
+***   make verify PEER=.venv-peer/bin/python
+endef
+export NO_PEER
 OTHER_PYTHONS := $(foreach version,3.12 3.13,$(if $(call new_enough,python$(version)),$(version)))
 
 bin := .venv/bin
@@ -40,11 +47,10 @@ parity: .venv-parity/.installed
 	.venv-parity/bin/python -m pytest -m parity tests/parity
 
 verify: .venv/.installed-dev .venv-parity/.installed $(OTHER_PYTHONS:%=test-%)
-	$(bin)/python -m pytest -m verify tests
-	JAXOPT_FUZZ=10000 $(bin)/python -m pytest tests/checkpoints/test_fuzz.py
-	set -e; for name in $(BENCHMARKS); do $(bin)/python -m benchmarks.$$name; done
+	set -e; for name in $(BENCHMARKS); do $(if $(PEER),JAXOPT_PEER=$(PEER)) $(bin)/python -m benchmarks.$$name; done
 	.venv-parity/bin/python -m benchmarks.transformers_parity
 	set -e; for name in $(if $(PEER),$(PEER_BENCHMARKS)); do $(bin)/python -m benchmarks.$$name --peer=$(PEER); done
+	@$(if $(PEER),,echo "$$NO_PEER" >&2)
 
 test-%: .venv-%/.installed
 	.venv-$*/bin/python $(pytest) -m "not parity and not verify" tests

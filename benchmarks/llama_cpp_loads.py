@@ -2,8 +2,8 @@
 
     python -m benchmarks.llama_cpp_loads --peer=PYTHON [MODEL ...]
 
-PYTHON is an interpreter with llama-cpp-python; MODEL anything that `jaxopt_llm.load` takes, SmolLM2 if none
-is named. Both sides read the same file and continue a few prompts. `agree`: continuations that are the same
+PYTHON is an interpreter with llama-cpp-python; MODEL anything that `jaxopt_llm.load` takes, our two aliases if
+none is named. Both sides read the same file and continue a few prompts. `agree`: continuations that are the same
 to the end. `gaps`: for the others, the gap between our two best logits at the first token that differs;
 llama.cpp rounds activations to the type of the weights, which may turn over a near tie. `logits`: the largest
 difference up to there, as a share of the largest logit. Prints a line a file, then one JSON object, which it
@@ -12,7 +12,6 @@ minutes a model on two cores.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,15 +23,16 @@ import numpy as np
 from absl import app, flags
 
 import jaxopt_llm as jo
+from benchmarks import peer
 from benchmarks.record import record
 from jaxopt_llm import checkpoints
 
-_PEER = flags.DEFINE_string("peer", None, "Python interpreter with llama-cpp-python.", required=True)
 _STEPS = flags.DEFINE_integer("steps", 32, "Tokens of each continuation.", lower_bound=1)
 _TOLERANCE = flags.DEFINE_float(
     "tolerance", 0.5, "Gap of two logits that llama.cpp's rounding may turn over."
 )
 
+_MODELS = ("smollm2-135m-instruct", "gemma3-270m")
 _PROMPTS = (
     "The capital of France is",
     "Once upon a time",
@@ -47,10 +47,10 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         files = [
             compare(source, dtype, Path(scratch))
-            for source in argv[1:] or ["smollm2-135m-instruct"]
+            for source in argv[1:] or _MODELS
             for dtype in ("F16", "Q8_0")
         ]
-    record(Path(__file__).stem, {"steps": _STEPS.value, "files": files})
+    record(Path(__file__).stem, {"llama_cpp": peer.version(), "steps": _STEPS.value, "files": files})
     sys.exit(any(gap > _TOLERANCE.value for file in files for gap in file["gaps"]))
 
 
@@ -83,16 +83,7 @@ def compare(source: str, dtype: str, scratch: Path) -> dict[str, Any]:
 
 
 def ask_peer(path: Path, prompts: Sequence[Sequence[int]], out: Path) -> dict[str, np.ndarray]:
-    script = Path(__file__).with_name("llama_cpp_greedy.py")
-    done = subprocess.run(
-        [_PEER.value, script, path, out, str(_STEPS.value)],
-        input=json.dumps(prompts),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the peer failed: {done.stderr[-2000:]}")
+    peer.ask("llama_cpp_greedy.py", path, out, _STEPS.value, stdin=json.dumps(prompts))
     with np.load(out) as arrays:
         return dict(arrays)
 

@@ -10,10 +10,8 @@ one JSON object; the exit code is 1 where anything differs. Takes about a minute
 
 import hashlib
 import json
-import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import unicodedata
@@ -24,16 +22,14 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from benchmarks.record import record
+from benchmarks import peer
+from benchmarks.record import data_folder, record
 from jaxopt_llm.checkpoints import gguf, resolve
 from jaxopt_llm.text import Tokenizer
 
 _ROOT = Path(__file__).parents[1]
 _MODELS = ("smollm2-135m-instruct", "gemma3-270m", str(_ROOT / "tests" / "data" / "stories260K.gguf"))
-_PEER = flags.DEFINE_string("peer", None, "Python interpreter with llama-cpp-python.", required=True)
-_DATA = flags.DEFINE_string(
-    "data", os.environ.get("JAXOPT_DATA", str(_ROOT.parent / "shared")), "Folder with the larger texts."
-)
+_DATA = flags.DEFINE_string("data", str(data_folder()), "Folder with the larger texts.")
 
 # Letters, marks and signs of several scripts, spaces of several kinds, controls, runs that are tokens.
 _MATERIAL = [
@@ -71,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
             "{name}: {tokens} tokens of {texts} texts, {different} texts differ".format(**result),
             file=sys.stderr,
         )
-    record(Path(__file__).stem, results)
+    record(Path(__file__).stem, {"llama_cpp": peer.version(), "tokenizers": results})
     sys.exit(any(result["different"] or result["pieces_different"] for result in results))
 
 
@@ -87,7 +83,7 @@ def compare(path: Path) -> dict[str, Any]:
             with gguf.open_file(path) as file:
                 tokenizer = Tokenizer.from_gguf(file.metadata)
         texts = [*corpus(Path(_DATA.value)), *random_texts(tokenizer)]
-        peer = ask_peer(model, texts)
+        theirs = json.loads(peer.ask("llama_cpp_tokens.py", model, stdin=json.dumps(texts)))
     ours = {
         "plain": tokenizer.encode_batch(texts),
         "special": tokenizer.encode_batch(texts, parse_special=True),
@@ -95,11 +91,11 @@ def compare(path: Path) -> dict[str, Any]:
     different = [
         text
         for i, text in enumerate(texts)
-        if any(ours[kind][i] != peer[kind][i] for kind in ("plain", "special"))
+        if any(ours[kind][i] != theirs[kind][i] for kind in ("plain", "special"))
     ]
     for text in different[:5]:
         print(f"{path}: differs on {text[:200]!r}", file=sys.stderr)
-    pieces = [None if piece is None else bytes.fromhex(piece) for piece in peer["pieces"]]
+    pieces = [None if piece is None else bytes.fromhex(piece) for piece in theirs["pieces"]]
     return {
         "name": path.name,
         "texts": len(texts),
@@ -121,9 +117,9 @@ def digest(ids: Sequence[int]) -> str:
 def corpus(folder: Path) -> Iterator[str]:
     """Whole text files, and every string in the JSON lines."""
     yield _wikitext().read_text()
-    for path in sorted((folder / "data" / "wikitext").glob("*.raw")):
+    for path in sorted((folder / "wikitext").glob("*.raw")):
         yield path.read_text()
-    for path in sorted(folder.glob("data/*/*.jsonl")):
+    for path in sorted(folder.glob("*/*.jsonl")):
         for line in path.read_text().splitlines():
             yield from _strings(json.loads(line))
 
@@ -139,16 +135,6 @@ def random_texts(tokenizer: Tokenizer) -> Iterator[str]:
         material = generator.choice([_MATERIAL, tokens, [*_MATERIAL, *generator.sample(tokens, 100)]])
         text = "".join(generator.choices(material, k=generator.randrange(40)))
         yield unicodedata.normalize("NFC", text)
-
-
-def ask_peer(model: Path, texts: Sequence[str]) -> dict[str, Any]:
-    script = Path(__file__).with_name("llama_cpp_tokens.py")
-    done = subprocess.run(
-        [_PEER.value, script, model], input=json.dumps(texts), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"the peer failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout)
 
 
 def _wikitext() -> Path:

@@ -58,9 +58,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         return getattr(importlib.import_module(f"jaxopt_llm.{_HOME_OF[name]}"), name)
+    module = f"jaxopt_llm.{name}"
     try:
-        return importlib.import_module(f"jaxopt_llm.{name}")
-    except ModuleNotFoundError:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # something that the module imports is not installed
+            raise
         raise AttributeError(f"module 'jaxopt_llm' has no attribute {name!r}") from None
 
 

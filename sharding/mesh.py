@@ -77,3 +77,21 @@ class MeshSpec:
         shape = tuple(getattr(self, axis) for axis in MESH_AXES)
         types = (AxisType.Auto,) * len(MESH_AXES)  # jax.make_mesh alone gives explicit axes
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=available[: self.size])
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Refuses a mesh that our rules cannot use.
+
+    Raises:
+      ValueError: for an axis that is none of ours, or one that is not `Auto`: modules leave it to XLA's partitioner
+        where products are split.
+    """
+    unknown = [axis for axis in mesh.axis_names if axis not in MESH_AXES]
+    if unknown:
+        raise ValueError(f"unknown mesh axis {unknown[0]!r}; axes are {', '.join(MESH_AXES)}")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        kinds = ", ".join(kind.name for kind in mesh.axis_types)
+        raise ValueError(
+            f"the mesh's axes are {kinds} and must be Auto: give jax.make_mesh "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}, or build it with MeshSpec"
+        )

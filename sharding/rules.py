@@ -6,6 +6,15 @@ from collections.abc import Mapping, Sequence
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxopt_llm.sharding.mesh import check_mesh
+
+# Why a mesh axis may have nothing to split.
+_IDLE = {
+    "stage": "pipeline stages are not built yet",
+    "expert": "the model has no experts",
+    "sequence": "splitting sequences is not built yet",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
@@ -62,12 +71,24 @@ class Sharding:
     """A mesh, the rules, and how many units each logical axis of the model has.
 
     An axis is split by whole units: `heads` of width `head_dim` are never cut, so `units["heads"]` is
-    the number of heads, whatever the length of the array's dimension.
+    the number of heads, whatever the length of the array's dimension. `batch` is the caller's to split.
+
+    Raises:
+      ValueError: for a mesh with other axes than ours, axes that are not `Auto`, or one of more than one device
+        that nothing of this model would be split over.
     """
 
     mesh: Mesh
     units: Mapping[str, int]
     rules: AxisRules = RULES
+
+    def __post_init__(self):
+        check_mesh(self.mesh)
+        used = {self.rules.mesh_axes.get(logical) for logical in ("batch", *self.units)}
+        for axis, size in self.mesh.shape.items():
+            if size > 1 and axis not in used:
+                reason = _IDLE.get(axis, "the model has nothing on it")
+                raise ValueError(f"mesh {axis}={size} would split nothing: {reason}; leave {axis} at 1")
 
     def spec(self, axes: Sequence[str | None], what: str = "array") -> P:
         """The partition of an array whose dimensions have these logical axes (None: never split).

@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
@@ -97,6 +97,14 @@ class CommandLine:
             timeout=timeout,
         )
         return Completed(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Annotations go unchecked, as they do for a user: what a wrong type then meets is our own code."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

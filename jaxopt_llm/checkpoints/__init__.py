@@ -5,6 +5,7 @@ from jaxopt_llm.checkpoints.gguf_export import export as export_gguf
 from jaxopt_llm.checkpoints.hf_export import export as export_hf
 from jaxopt_llm.checkpoints.loader import (
     default_dtype,
+    file_bytes,
     load,
     mesh_sharding,
     read_config,
@@ -20,6 +21,7 @@ __all__ = [
     "default_dtype",
     "export_gguf",
     "export_hf",
+    "file_bytes",
     "load",
     "mesh_sharding",
     "read_config",

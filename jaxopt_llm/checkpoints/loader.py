@@ -48,7 +48,9 @@ def load(
         on a CPU. "native" keeps GGUF's Q8_0, Q4_0 and Q4_1 blocks without loss and Q4_K and Q6_K with scales
         multiplied out.
       quantize: a rounding to nearest (`int8`, `int8_block`) that each tensor goes through while it is read.
-      mesh: `"data=2,tensor=4"`, to place parameters on a mesh shard by shard.
+      mesh: `"tensor=4"`, a `MeshSpec` or a `jax.sharding.Mesh` of its axes, to place parameters shard by shard.
+        `tensor` and `expert` split the model. `data` leaves it whole on each of its devices, for a program of
+        your own that splits the batch; `generate` and `evaluate` do not.
       progress: called with (parameters placed, of all).
 
     Returns:
@@ -56,7 +58,7 @@ def load(
 
     Raises:
       CheckpointError: if files are damaged, or do not fit the model; all problems are listed together.
-      ValueError: for a dtype, format or mesh that does not exist or does not divide.
+      ValueError: for a dtype, format or mesh that does not exist, does not divide or would split nothing.
     """
     path = resolve(str(source))
     native = isinstance(dtype, str) and dtype == "native"
@@ -155,6 +157,19 @@ def stored_bytes(path: Path) -> dict[str, int]:
         for tensor in files.values():
             sizes[tensor.storage] += tensor.nbytes
         return dict(sizes)
+
+
+def file_bytes(path: Path) -> int | None:
+    """Bytes of a checkpoint's file or files; None for a remote one.
+
+    Of a Hugging Face directory the safetensors alone: it may hold the same weights in other forms too.
+    """
+    if not isinstance(path, Path):  # remote
+        return None
+    if path.is_file():
+        return path.stat().st_size
+    files = list(path.glob("*.safetensors")) or path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _open(path: Path) -> TensorSource:

@@ -4,16 +4,18 @@ Orbax keeps quantized weights as they are; a Hugging Face directory gets the flo
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
 from jaxopt_llm import checkpoints
+from jaxopt_llm.checkpoints import hf, orbax
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import DTYPE, JSON, MODEL, OUT, QUANTIZE
 from jaxopt_llm.cli.loading import load
+from jaxopt_llm.cli.writing import out_path
 
-FORMAT = flags.DEFINE_enum("format", None, ["orbax", "hf", "gguf"], "Format to write.", required=True)
+MARKERS = {"orbax": orbax.MARKER, "hf": hf.CONFIG, "gguf": None}  # of directories
+FORMAT = flags.DEFINE_enum("format", None, list(MARKERS), "Format to write.", required=True)
 GGUF_TYPE = flags.DEFINE_enum(
     "gguf_type", None, ["F16", "Q8_0"], "How a GGUF file stores matrices; F16 if unset.", case_sensitive=False
 )
@@ -22,8 +24,8 @@ GGUF_TYPE = flags.DEFINE_enum(
 def main(argv: Sequence[str]) -> None:
     if GGUF_TYPE.value and FORMAT.value != "gguf":
         raise ValueError(f"--gguf_type={GGUF_TYPE.value} is for --format=gguf, not {FORMAT.value}; drop it")
+    out = out_path(OUT.value, marker=MARKERS[FORMAT.value])
     model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value)
-    out = Path(OUT.value)
     match FORMAT.value:
         case "orbax":
             checkpoints.save(model, tokenizer, out)
@@ -31,13 +33,8 @@ def main(argv: Sequence[str]) -> None:
             checkpoints.export_hf(model, tokenizer, out)
         case "gguf":
             checkpoints.export_gguf(model, tokenizer, out, dtype=GGUF_TYPE.value or "F16")
-    report = {"out": out, "format": FORMAT.value, "bytes": _size(out)}
+    report = {"out": out, "format": FORMAT.value, "bytes": checkpoints.file_bytes(out)}
     if JSON.value:
         show.json_line(report)
     else:
         show.fields(report)
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())

@@ -34,12 +34,23 @@ def main(argv: Sequence[str]) -> None:
     model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} has no tokenizer, and text cannot be scored without one")
-    reference = load(REFERENCE.value, dtype=DTYPE.value, mesh=MESH.value)[0] if REFERENCE.value else None
+    reference = _load_reference(REFERENCE.value, tokenizer, text) if REFERENCE.value else None
     figures = measure(model, reference, tokenizer, text)
     if JSON.value:
         show.json_line(figures)
     else:
         show.fields(figures)
+
+
+def _load_reference(source: str, tokenizer: Tokenizer, text: str) -> Transformer:
+    """The model to compare with, which must read the text as the same tokens."""
+    reference, own = load(source, dtype=DTYPE.value, mesh=MESH.value)
+    if own is not None and own.encode(text, add_special=False) != tokenizer.encode(text, add_special=False):
+        raise ValueError(
+            f"--reference={source} reads the text as other tokens than --model={MODEL.value}; "
+            "only models of one tokenizer can be compared token by token"
+        )
+    return reference
 
 
 def measure(

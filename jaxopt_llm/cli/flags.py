@@ -55,7 +55,7 @@ QUANTIZE = flags.DEFINE_string(
     "quantize", None, "Round the weights while they are read: int8 or int8_block.", flag_values=SHARED
 )
 MESH = flags.DEFINE_string(
-    "mesh", None, "Devices to spread the model over, such as data=2,tensor=4.", flag_values=SHARED
+    "mesh", None, "Devices to spread the model over, such as tensor=4.", flag_values=SHARED
 )
 CONFIG = flags.DEFINE_string(
     "config", None, "Config: a packaged name, or one's own file.py.", required=True, flag_values=SHARED

@@ -19,10 +19,9 @@ def main(argv: Sequence[str]) -> None:
     params = SamplingParams(**SAMPLING.value, logprobs=0 if LOGPROBS.value else None)
     model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
     prompt: Prompt = [{"role": "user", "content": PROMPT.value}] if CHAT.value else PROMPT.value
-    length = len(encode(prompt, tokenizer, model.config.vocab_size))
+    length = len(encode(prompt, tokenizer, model.config))
     config = EngineConfig.fitting(model.config, requests=1, tokens=length + params.max_tokens)
     engine = Engine(model, tokenizer, config)
-    engine.encode(prompt)  # refuses one that is too long before anything is compiled
     engine.warm_up(prompt_tokens=length, rows=1, full=params.needs_full)
     result = stream(engine, prompt, params, quiet=JSON.value)
     if result.error:

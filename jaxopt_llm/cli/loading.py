@@ -7,11 +7,19 @@ from typing import Any
 from jaxopt_llm import checkpoints
 from jaxopt_llm.cli import show
 from jaxopt_llm.models import Transformer
+from jaxopt_llm.sharding import MeshSpec
 from jaxopt_llm.text import Tokenizer
 
 
-def load(source: str, **options: Any) -> tuple[Transformer, Tokenizer | None]:
-    """`checkpoints.load`, its progress on stderr."""
+def load(source: str, *, mesh: str | None = None, **options: Any) -> tuple[Transformer, Tokenizer | None]:
+    """`checkpoints.load`, its progress on stderr.
+
+    Raises:
+      ValueError: also for a mesh with a data axis: no command splits a batch.
+    """
+    spec = None if mesh is None else MeshSpec.parse(mesh)
+    if spec and spec.data > 1:
+        raise ValueError(f"--mesh={mesh}: commands do not split batches over data yet; leave data at 1")
     advance: Callable[[float], None] | None = None
     done = 0
     with contextlib.ExitStack() as stack:
@@ -23,4 +31,4 @@ def load(source: str, **options: Any) -> tuple[Transformer, Tokenizer | None]:
             advance(placed - done)
             done = placed
 
-        return checkpoints.load(source, progress=progress, **options)
+        return checkpoints.load(source, mesh=spec, progress=progress, **options)

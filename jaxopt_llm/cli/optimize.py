@@ -3,18 +3,16 @@
 Without --text it is measured on three Wikipedia articles that ship with the package.
 """
 
-import errno
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxopt_llm import checkpoints, configs
-from jaxopt_llm.checkpoints.atomic import check_replaceable
 from jaxopt_llm.checkpoints.orbax import MARKER
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import CONFIG, DTYPE, JSON, MESH, MODEL, OUT, SET, TEXT
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import read_text, stages
+from jaxopt_llm.cli.writing import out_path
 from jaxopt_llm.optimize import Outcome, Recipe, optimize
 
 ROWS = {
@@ -33,10 +31,7 @@ def main(argv: Sequence[str]) -> None:
     recipe = configs.load(CONFIG.value, SET.value)
     if not isinstance(recipe, Recipe):
         raise ValueError(f"--config={CONFIG.value} is a {type(recipe).__name__}; optimize takes a Recipe")
-    if "://" in OUT.value:
-        raise ValueError(f"--out={OUT.value} is remote; name a local directory, and copy it there afterwards")
-    out = Path(OUT.value).expanduser()
-    check_place(out)
+    out = out_path(OUT.value, marker=MARKER)
     text = None if TEXT.value is None else read_text(TEXT.value)
     source = checkpoints.resolve(MODEL.value)
     model, tokenizer = load(MODEL.value, dtype=DTYPE.value, mesh=MESH.value)
@@ -47,21 +42,6 @@ def main(argv: Sequence[str]) -> None:
         show.json_line(values)
     else:
         tell(outcome, recipe.measure.question, out)
-
-
-def check_place(out: Path) -> None:
-    """Asks before minutes of work, not after them, whether a checkpoint can be written there.
-
-    Raises:
-      OSError: if something else stands there than a checkpoint of ours or an empty directory, or if no
-        directory can be made there.
-    """
-    check_replaceable(out, MARKER)
-    parent = next(place for place in out.absolute().parents if place.exists())
-    if not parent.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "a file, so no directory can be made below it", str(parent))
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(errno.EACCES, "cannot be written to; choose another --out", str(parent))
 
 
 def tell(outcome: Outcome, question: str, out: Path) -> None:

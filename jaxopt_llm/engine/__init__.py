@@ -2,8 +2,8 @@
 
 from jaxopt_llm.engine.config import EngineConfig
 from jaxopt_llm.engine.engine import Engine, Stream, generate
-from jaxopt_llm.engine.prompt import encode
-from jaxopt_llm.engine.request import Chunk, Prompt, Result, Score, TokenLogprob
+from jaxopt_llm.engine.prompt import Prompt, encode
+from jaxopt_llm.engine.request import Chunk, Result, Score, TokenLogprob
 from jaxopt_llm.engine.sampling import SamplingParams
 
 __all__ = [

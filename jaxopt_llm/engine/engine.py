@@ -5,6 +5,7 @@ host stays one dispatch ahead: it plans and sends the next before it reads the l
 """
 
 import asyncio
+import dataclasses
 import functools
 import itertools
 import threading
@@ -22,8 +23,8 @@ from jaxopt_llm.engine.config import EngineConfig
 from jaxopt_llm.engine.generation import Allowed, Generation, Wanted
 from jaxopt_llm.engine.loop import Loop
 from jaxopt_llm.engine.plan import Metrics, Request
-from jaxopt_llm.engine.prompt import encode, several
-from jaxopt_llm.engine.request import Chunk, Prompt, Result, Score
+from jaxopt_llm.engine.prompt import Prompt, Prompts, encode, several
+from jaxopt_llm.engine.request import Chunk, Result, Score
 from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.sampling import SamplingParams
 from jaxopt_llm.engine.step import Processor
@@ -36,7 +37,7 @@ Progress = Callable[[int, int], None]
 def generate(
     model: Transformer,
     tokenizer: Tokenizer | None,
-    prompts: Prompt | Sequence[Prompt],
+    prompts: Prompts,
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     processors: Sequence[Processor] = (),
@@ -62,7 +63,7 @@ def generate(
     if params is not None and settings:
         raise ValueError(f"give params or {', '.join(settings)}, not both")
     chosen = SamplingParams(**settings) if params is None else params
-    ids = [encode(prompt, tokenizer, model.config.vocab_size) for prompt in several(prompts)]
+    ids = [encode(prompt, tokenizer, model.config) for prompt in several(prompts)]
     output = max(
         [p.max_tokens for p in ([chosen] if isinstance(chosen, SamplingParams) else chosen)], default=0
     )
@@ -104,7 +105,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         *,
         progress: Progress | None = None,
@@ -146,16 +147,14 @@ class Engine:
             generation = self._ask(self.encode(prompt), params, priority=priority, allowed=allowed)
         return Stream(self, generation)
 
-    def score(self, prompts: Prompt | Sequence[Prompt], *, progress: Progress | None = None) -> list[Score]:
+    def score(self, prompts: Prompts, *, progress: Progress | None = None) -> list[Score]:
         """The log-probability of every token of each prompt after its first."""
         ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
         asked = self._ask_all([(prompt, None, Wanted(scores=True)) for prompt in ids])
         self._finish_all(asked, progress)
         return [_score(generation) for generation in asked]
 
-    def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, progress: Progress | None = None
-    ) -> Float[np.ndarray, "n D"]:
+    def embed(self, prompts: Prompts, *, progress: Progress | None = None) -> Float[np.ndarray, "n D"]:
         """The mean of the last hidden states of each prompt's tokens, float32."""
         ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
         asked = self._ask_all([(prompt, None, Wanted(hidden=True)) for prompt in ids])
@@ -175,14 +174,8 @@ class Engine:
         Raises:
           ValueError: if it is empty, too long, has an id outside the vocabulary, or needs a tokenizer that is missing.
         """
-        ids = encode(prompt, self.tokenizer, self.model_config.vocab_size)
-        context = self._loop.sizes.max_seq_len
-        if len(ids) + room > context:
-            more = "so that at least one more fits" if room else "to that"
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens and the context is {context}; shorten it {more}"
-            )
-        return ids
+        config = dataclasses.replace(self.model_config, max_seq_len=self._loop.sizes.max_seq_len)
+        return encode(prompt, self.tokenizer, config, room=room)
 
     def metrics(self) -> Metrics:
         """Requests and pages at this moment."""

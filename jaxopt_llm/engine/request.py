@@ -1,14 +1,9 @@
-"""What goes in and what comes out."""
+"""What comes out."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[Message] | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Self
 
 import jax
@@ -13,6 +14,23 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 TOP = 20  # best tokens whose log-probabilities are reported
 MOST_BIASES = 300  # tokens whose scores a request may shift
 _MASKED = -jnp.inf
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+_TOP_K = 2**31 - 1  # as an int32; more than any vocabulary has
+
+# What each setting may be: its kind, least and largest value, and all that in words. None only where it is the default.
+_RULES: dict[str, tuple[type, float, float, str]] = {
+    "max_tokens": (Integral, 1, math.inf, "a whole number of at least 1"),
+    "temperature": (Real, 0, _LARGEST, "a finite float32 of at least 0"),
+    "top_k": (Integral, 0, math.inf, "a whole number of at least 0; 0 keeps every token"),
+    "top_p": (Real, _SMALLEST, 1, "a number above 0 and at most 1; 1 keeps every token"),
+    "min_p": (Real, 0, 1, "a number from 0 to 1; 0 keeps every token"),
+    "repetition_penalty": (Real, _SMALLEST, _LARGEST, "a finite float32 above 0; 1 changes nothing"),
+    "presence_penalty": (Real, -_LARGEST, _LARGEST, "a finite float32; 0 changes nothing"),
+    "frequency_penalty": (Real, -_LARGEST, _LARGEST, "a finite float32; 0 changes nothing"),
+    "seed": (Integral, -math.inf, math.inf, "a whole number, or None to draw one"),
+    "ignore_eos": (bool, False, True, "True or False"),
+    "logprobs": (Integral, 0, TOP, f"a whole number from 0 to {TOP}, or None"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,32 +68,15 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        rules = (
-            ("max_tokens", 1, math.inf),
-            ("temperature", 0, math.inf),
-            ("top_k", 0, math.inf),
-            ("top_p", math.ulp(0), 1),
-            ("min_p", 0, 1),
-            ("repetition_penalty", math.ulp(0), math.inf),
-            ("presence_penalty", -math.inf, math.inf),
-            ("frequency_penalty", -math.inf, math.inf),
-            ("logprobs", 0, TOP),
-        )
-        for name, low, high in rules:
+        for name, (kind, low, high, words) in _RULES.items():
             value = getattr(self, name)
-            if value is None and name == "logprobs":
+            if value is None and getattr(type(self), name) is None:
                 continue
-            if not math.isfinite(value) or not low <= value <= high:
-                above = "more than 0" if low == math.ulp(0) else f"at least {low}"
-                limit = f" and at most {high}" if math.isfinite(high) else ""
-                raise ValueError(f"{name}={value} must be finite, {above}{limit}")
-        if len(self.logit_bias or {}) > MOST_BIASES:
-            raise ValueError(f"logit_bias has {len(self.logit_bias or {})} tokens; at most {MOST_BIASES}")
-        if not all(math.isfinite(shift) for shift in (self.logit_bias or {}).values()):
-            raise ValueError(f"logit_bias={self.logit_bias} must be finite")
-        if "" in self.stop:
-            raise ValueError("stop strings must not be empty")
+            fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+            if not fits or not low <= value <= high:
+                raise ValueError(f"{name}={value!r} must be {words}")
+        object.__setattr__(self, "stop", _strings(self.stop))
+        _check_biases(self.logit_bias or {})
 
     @property
     def needs_full(self) -> bool:
@@ -110,8 +111,25 @@ class RowSampling:
             for field in dataclasses.fields(cls)
             if field.name not in ("top_k", "seed")
         }
-        top_k = np.array([p.top_k for p in params], np.int32)
+        top_k = np.array([min(p.top_k, _TOP_K) for p in params], np.int32)
         return cls(**floats, top_k=top_k, seed=np.array([seed % 2**32 for seed in seeds], np.uint32))
+
+
+def _check_biases(biases: Mapping[int, float]) -> None:
+    if len(biases) > MOST_BIASES:
+        raise ValueError(f"logit_bias has {len(biases)} tokens; at most {MOST_BIASES}")
+    for token, shift in biases.items():
+        if not isinstance(token, Integral) or not isinstance(shift, Real) or not abs(shift) <= _LARGEST:
+            raise ValueError(
+                f"logit_bias={{{token!r}: {shift!r}}} must map token ids to finite float32 numbers"
+            )
+
+
+def _strings(stop: Any) -> tuple[str, ...]:
+    strings = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"{stop=} must be a string or several, none of them empty")
+    return strings
 
 
 def penalize(

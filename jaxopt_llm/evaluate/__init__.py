@@ -2,7 +2,7 @@
 
 from jaxopt_llm.evaluate.quality import Comparison, Perplexity, compare, perplexity
 from jaxopt_llm.evaluate.timing import Speed, check_lengths, speed
-from jaxopt_llm.evaluate.windows import check_sizes
+from jaxopt_llm.evaluate.windows import check_sizes, check_text
 
 __all__ = [
     "Comparison",
@@ -10,6 +10,7 @@ __all__ = [
     "Speed",
     "check_lengths",
     "check_sizes",
+    "check_text",
     "compare",
     "perplexity",
     "speed",

@@ -12,13 +12,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxopt_llm.evaluate.windows import Windows, cut
+from jaxopt_llm.evaluate.windows import Ids, Windows, check_sizes, cut
 from jaxopt_llm.models import Batch, Transformer
 from jaxopt_llm.text import Tokenizer
 
 _LOGITS = 2**24  # of each model held at once: 64 MB in float32
 
-Ids = Sequence[int] | Int[np.ndarray, "n"]
 Progress = Callable[[int, int], None]
 
 
@@ -133,10 +132,7 @@ def compare(
 
 def _plan(models: Sequence[Transformer], ids: Ids, **sizes: Any) -> Windows:
     context, vocab = (min(getattr(m.config, name) for m in models) for name in ("max_seq_len", "vocab_size"))
-    if sizes["window"] > context:
-        raise ValueError(
-            f"window={sizes['window']} is longer than the model's context of {context}; try window={context}"
-        )
+    check_sizes(window=sizes["window"], context=context)
     plan = cut(ids, **sizes)
     outside = plan.tokens[(plan.tokens < 0) | (plan.tokens >= vocab)]
     if outside.size:

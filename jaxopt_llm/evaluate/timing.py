@@ -41,14 +41,9 @@ def speed(
     Raises:
       ValueError: for numbers too small, or more tokens than the model's context.
     """
-    check_lengths(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    check_lengths(prompt_tokens=prompt_tokens, output_tokens=output_tokens, context=model.config.max_seq_len)
     if repeats < 1:
         raise ValueError(f"{repeats=} must be at least 1")
-    context = model.config.max_seq_len
-    if prompt_tokens + output_tokens > context:
-        raise ValueError(
-            f"{prompt_tokens=} and {output_tokens=} are more than the model's context of {context}; take fewer"
-        )
     report = progress or (lambda done, total: None)
     config = EngineConfig(max_slots=1, max_seq_len=prompt_tokens + output_tokens, prefix_cache=False)
     engine = Engine(model, config=config)
@@ -67,9 +62,13 @@ def speed(
     )
 
 
-def check_lengths(*, prompt_tokens: int, output_tokens: int) -> None:
-    """Raises ValueError for lengths that leave nothing to time: see `speed`."""
+def check_lengths(*, prompt_tokens: int, output_tokens: int, context: int | None = None) -> None:
+    """Raises ValueError for lengths that leave nothing to time (see `speed`), or beyond a model's context."""
     if prompt_tokens < 1:
         raise ValueError(f"{prompt_tokens=} must be at least 1")
     if output_tokens < 2:
         raise ValueError(f"{output_tokens=} must be at least 2: the first counts as prefill")
+    if context is not None and prompt_tokens + output_tokens > context:
+        raise ValueError(
+            f"{prompt_tokens=} and {output_tokens=} are more than the model's context of {context}; take fewer"
+        )

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+Ids = Sequence[int] | Int[np.ndarray, "n"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Windows:
@@ -25,18 +27,28 @@ class Windows:
         return np.roll(self.tokens, -1, axis=1)[self.scored]
 
 
-def check_sizes(*, window: int, stride: int | None = None, windows: int | None = None) -> None:
-    """Raises ValueError for sizes that no text can be cut into: see `cut`."""
+def check_sizes(
+    *, window: int, stride: int | None = None, windows: int | None = None, context: int | None = None
+) -> None:
+    """Raises ValueError for sizes that no text can be cut into (see `cut`), or beyond a model's context."""
     if window < 2:
         raise ValueError(f"{window=} must be at least 2: a window's first token is not predicted")
     if stride is not None and not 1 <= stride <= window:
         raise ValueError(f"{stride=} must be at least 1 and at most {window=}, or tokens would be left out")
     if windows is not None and windows < 1:
         raise ValueError(f"{windows=} must be at least 1")
+    if context is not None and window > context:
+        raise ValueError(f"{window=} is longer than the model's context of {context}; try window={context}")
+
+
+def check_text(ids: Ids) -> None:
+    """Raises ValueError for a text too short to predict anything in it."""
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens; at least 2 are needed to predict one from another")
 
 
 def cut(
-    ids: Sequence[int] | Int[np.ndarray, "n"],
+    ids: Ids,
     *,
     window: int,
     stride: int | None = None,
@@ -54,8 +66,7 @@ def cut(
     """
     check_sizes(window=window, stride=stride, windows=windows)
     stride = window if stride is None else stride
-    if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens; at least 2 are needed to predict one from another")
+    check_text(ids)
     context = max(1, window - stride)  # tokens of a later window that do not count
     starts = np.array([s for s in range(0, len(ids), stride) if s == 0 or s + context < len(ids)][:windows])
     within = np.arange(1, window + 1)  # where in its window the token after each position stands

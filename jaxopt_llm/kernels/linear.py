@@ -85,8 +85,8 @@ def _unfused_linear(x: Array, w: Packed, weights: tuple[Weight, ...]) -> Array:
     return _GATES[w.gate](gate) * up
 
 
-def _dot(x: Array, w: Array) -> Array:
-    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())))
+def _dot(x: Array, w: Array, dtype: jnp.dtype | None = None) -> Array:
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 def _per_channel(w: QArray) -> bool:
@@ -107,8 +107,8 @@ def round_activations(x: Float[Array, "*B I"], act: tuple[int, int] | None) -> F
 def _quantized_linear(x: Array, w: QArray) -> Array:
     x = round_activations(x, w.act)
     if _per_channel(w):  # the scale follows the sum: no dequantized copy of the weight
-        y = _dot(x, w.codes().astype(x.dtype))
-        return (y.astype(jnp.float32) * per_feature(w.scale[:, 0].astype(jnp.float32), y)).astype(x.dtype)
+        y = _dot(x, w.codes().astype(x.dtype), jnp.float32)  # sums of codes outgrow float16
+        return (y * per_feature(w.scale[:, 0].astype(jnp.float32), y)).astype(x.dtype)
     return _dot(x, w.dequantize(x.dtype))
 
 

@@ -81,8 +81,10 @@ def optimize(
             "the model has no tokenizer, and text can be neither scored nor generated without one"
         )
     measure = recipe.measure
+    measure.check(model.config.max_seq_len)
     stage = lambda name: functools.partial(progress or _ignore, name)
     ids = tokenizer.encode(sample_text() if text is None else text, add_special=False)
+    evaluate.check_text(ids)
     small = _compress(model, recipe, stage("compressing"))
     quality = evaluate.compare(
         small, model, ids, window=measure.window, windows=measure.windows, progress=stage("comparing on text")
@@ -136,7 +138,7 @@ def _report(
 ) -> Report:
     return Report(
         parameters=num_params(model),
-        file_bytes=None if path is None else _file_bytes(path),
+        file_bytes=None if path is None else checkpoints.file_bytes(path),
         bytes=num_bytes(model),
         perplexity=perplexity,
         kld_mean=kld_mean,
@@ -144,13 +146,3 @@ def _report(
         prefill_tokens_per_s=speed.prefill_tokens_per_s,
         decode_tokens_per_s=speed.decode_tokens_per_s,
     )
-
-
-def _file_bytes(path: Path) -> int | None:
-    """Of a Hugging Face directory the safetensors alone: it may hold the same weights in other forms too."""
-    if not isinstance(path, Path):  # remote
-        return None
-    if path.is_file():
-        return path.stat().st_size
-    files = list(path.glob("*.safetensors")) or path.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())

@@ -49,12 +49,16 @@ class Measure:
     answer_tokens: int = 64
 
     def __post_init__(self):
-        check_sizes(window=self.window, windows=self.windows)
-        check_lengths(prompt_tokens=self.prompt_tokens, output_tokens=self.output_tokens)
+        self.check()
         if not self.question:
             raise ValueError("question is empty; give at least one character")
         if self.answer_tokens < 1:
             raise ValueError(f"answer_tokens={self.answer_tokens} must be at least 1")
+
+    def check(self, context: int | None = None) -> None:
+        """Raises ValueError for sizes that measure nothing, or beyond a model's context."""
+        check_sizes(window=self.window, windows=self.windows, context=context)
+        check_lengths(prompt_tokens=self.prompt_tokens, output_tokens=self.output_tokens, context=context)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -205,18 +205,20 @@ def test_a_pickle_by_its_name(unloadable, tmp_path, name):
     ("flag", "message"),
     [
         ("--prompt=", "--prompt is empty"),
-        ("--max_tokens=-1", "max_tokens=-1 must be finite, at least 1"),
+        ("--max_tokens=-1", "max_tokens=-1 must be a whole number of at least 1"),
         ("--max_tokens=0", "max_tokens=0 must be"),
-        ("--temperature=nan", "temperature=nan must be finite, at least 0"),
+        ("--temperature=nan", "temperature=nan must be a finite float32 of at least 0"),
         ("--temperature=-1", "temperature=-1.0 must be"),
-        ("--top_p=0", "top_p=0.0 must be finite, more than 0 and at most 1"),
+        ("--top_p=0", "top_p=0.0 must be a number above 0 and at most 1"),
         ("--top_k=-3", "top_k=-3 must be"),
         ("--min_p=2", "min_p=2.0 must be"),
         ("--repetition_penalty=inf", "repetition_penalty=inf must be"),
-        ("--stop=", "stop strings must not be empty"),
+        ("--stop=", "stop=[''] must be a string or several, none of them empty"),
         ("--dtype=int4", "dtype='int4' must be native, float32"),
         ("--quantize=int5", "unknown quantization 'int5'; known are int8, int8_block"),
         ("--mesh=tensor=7", "does not divide heads=8"),
+        ("--mesh=stage=2", "mesh stage=2 would split nothing: pipeline stages are not built yet"),
+        ("--mesh=expert=2", "mesh expert=2 would split nothing: the model has no experts"),
         ("--mesh=tensor", "mesh axis 'tensor' needs a size, as in tensor=2"),
         ("--tempurature=1", "generate has no flag --tempurature (did you mean --temperature?)"),
         ("--max_tokens=ten", "flag --max_tokens=ten"),
@@ -225,6 +227,19 @@ def test_a_pickle_by_its_name(unloadable, tmp_path, name):
 def test_flags_of_generate(refused, data_dir, flag, message):
     model = f"--model={data_dir / 'stories260K.gguf'}"
     assert message in refused("generate", model, "--prompt=x", flag)
+
+
+def test_no_command_takes_a_data_axis(refused, data_dir, tmp_path):
+    """Before the model is loaded."""
+    text = f"--text={data_dir / 'wikitext.txt'}"
+    for command in (
+        ["generate", "--prompt=x"],
+        ["chat"],
+        ["eval", text],
+        ["optimize", "--config=int8", f"--out={tmp_path / 'out'}"],
+    ):
+        line = refused(*command, f"--model={data_dir / 'stories260K.gguf'}", "--mesh=data=2,tensor=4")
+        assert line == "--mesh=data=2,tensor=4: commands do not split batches over data yet; leave data at 1"
 
 
 def test_a_prompt_longer_than_the_context(refused, data_dir):

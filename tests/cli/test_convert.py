@@ -44,8 +44,8 @@ def test_there_and_back(convert, qwen, tmp_path, first, second):
     for step, kind in enumerate((first, second)):
         out = tmp_path / str(step) / NAMES[kind]
         report = convert(source, out, f"--format={kind}", "--dtype=float32")
-        files = [path for path in (out.rglob("*") if out.is_dir() else [out]) if path.is_file()]
-        size = sum(path.stat().st_size for path in files)
+        files = {"orbax": out.rglob("*"), "hf": [out / "model.safetensors"], "gguf": [out]}[kind]
+        size = sum(path.stat().st_size for path in files if path.is_file())
         assert report == {"out": str(out), "format": kind, "bytes": size}
         source = out
     values, expected = weights(jo.load(source)[0]), weights(jo.load(qwen)[0])
@@ -113,3 +113,27 @@ def test_only_checkpoints_are_replaced(run_cli, qwen, tmp_path):
         assert done.code == 2
         assert str(tmp_path / "thesis") in done.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "chapter.txt"]
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_places_are_checked_before_anything_is_loaded(run_cli, tmp_path, kind):
+    """The model would not be found."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("...")
+    (tmp_path / "file").touch()
+    taken = "a directory stands where a file" if kind == "gguf" else "not replaced, since it is no checkpoint"
+    for out, message in (
+        ("", "--out is empty"),
+        ("gs://bucket/model.gguf", "--out=gs://bucket/model.gguf is remote; name a local path"),
+        (tmp_path / "thesis", taken),
+        (tmp_path / "file" / "below", "a file, so no directory can be made below it"),
+    ):
+        done = run_cli("convert", f"--model={tmp_path / 'none'}", f"--out={out}", f"--format={kind}")
+        assert (done.code, done.stdout) == (2, "")
+        assert message in done.stderr
+
+
+def test_the_home_directory(convert, qwen, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert(qwen, "~/model", "--format=orbax")["out"] == str(tmp_path / "model")
+    assert checkpoints.read_config(tmp_path / "model")[0].family == "qwen3"

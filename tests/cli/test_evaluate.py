@@ -1,6 +1,7 @@
 """`eval`: figures as the library gives them, and every mistake told."""
 
 import json
+import shutil
 
 import pytest
 
@@ -139,3 +140,21 @@ def test_a_reference_of_another_vocabulary(score, tmp_path):
     families.write("llama", tmp_path / "other")
     message = "a vocabulary of 512 tokens and the reference one of 101"
     assert_refused(score(f"--reference={tmp_path / 'other'}"), message)
+
+
+def test_a_reference_of_another_tokenizer(score, storyteller, tmp_path):
+    """Of the same size: two of its tokens have changed places."""
+    other = tmp_path / "other"
+    shutil.copytree(storyteller, other)
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["▁a"], vocabulary["▁he"] = vocabulary["▁he"], vocabulary["▁a"]
+    file.write_text(json.dumps(tokenizer), "utf-8")
+    message = f"--reference={other} reads the text as other tokens than --model={storyteller}"
+    assert_refused(score(f"--reference={other}"), message)
+
+
+def test_a_reference_without_tokenizer(score, storyteller, tmp_path):
+    jo.save(jo.load(storyteller)[0], None, tmp_path / "bare")
+    assert figures(score(f"--reference={tmp_path / 'bare'}", "--windows=1", "--json"))["kld_mean"] == 0

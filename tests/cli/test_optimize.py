@@ -91,7 +91,8 @@ def test_places_that_cannot_be_written_to(run_cli, tmp_path):
     assert_refused(run(tmp_path / "file"), "file: not replaced, since it is no checkpoint")
     assert_refused(run(tmp_path / "folder"), "folder: not replaced")
     assert_refused(run(tmp_path / "file" / "below"), "file: a file, so no directory can be made below it")
-    assert_refused(run("gs://bucket/model"), "is remote; name a local directory")
+    assert_refused(run("gs://bucket/model"), "is remote; name a local path")
+    assert_refused(run(""), "--out is empty")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "thesis.tex"]
 
 
@@ -119,7 +120,7 @@ def test_configs_of_another_kind_are_refused(run_cli, tmp_path):
 
 
 def test_dtype_and_mesh(optimize, tmp_path):
-    done = optimize(f"--out={tmp_path / 'out'}", "--dtype=bfloat16", "--mesh=data=2,tensor=4", "--json")
+    done = optimize(f"--out={tmp_path / 'out'}", "--dtype=bfloat16", "--mesh=tensor=4", "--json")
     assert done.code == 0, done.stderr
     before = json.loads(done.stdout.splitlines()[-1])["before"]
     assert before["bytes"] == 2 * before["parameters"]

@@ -129,21 +129,6 @@ def test_weights_may_be_quantized(stories):
     assert result.text.startswith(" She loved to play")
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("", "empty"),
-        ([[]], "empty"),
-        ([[1, 512]], "512 lies outside the vocabulary"),
-        ([[1] * 512], "512 tokens and the context is 512"),
-        ([[{"role": "user", "content": "hi"}]], "chat template"),
-    ],
-)
-def test_bad_prompts(engine, prompt, message):
-    with pytest.raises(ValueError, match=message):
-        engine.generate(prompt, SamplingParams())
-
-
 def test_bad_calls(stories, engine):
     model, _ = stories
     with pytest.raises(ValueError, match="2 params for 1 prompts"):
@@ -156,3 +141,5 @@ def test_bad_calls(stories, engine):
         Engine(model, processors=[lambda logits, tokens, positions: logits[:, :3]])
     with pytest.raises(ValueError, match=r"logits processor <lambda> fails"):
         Engine(model, processors=[lambda logits: logits])
+    with pytest.raises(ValueError, match=r"logits processor <lambda> gives None; it must give"):
+        Engine(model, processors=[lambda logits, tokens, positions: None])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def probabilities():
     return exponentials / exponentials.sum()
 
 
-@pytest.mark.parametrize("k", [1, 5, 40, 1000])
+@pytest.mark.parametrize("k", [1, 5, 40, 1000, 2**31, 9_999_999_999])
 def test_top_k(k):
     assert set(np.flatnonzero(kept(top_k=k))) == set(np.argsort(-LOGITS[0])[:k].tolist())
 
@@ -102,15 +103,62 @@ def test_penalties():
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),
         ("logprobs", -1),
+        ("logprobs", 101),
+        ("max_tokens", 2.5),
+        ("max_tokens", True),
+        ("max_tokens", None),
+        ("top_k", 1.5),
+        ("temperature", "1"),
+        ("temperature", 10**400),
+        ("temperature", None),
+        ("top_p", True),
+        ("presence_penalty", 1e39),
+        ("frequency_penalty", -1e39),
+        ("repetition_penalty", 1e-50),
+        ("repetition_penalty", np.nan),
+        ("seed", 1.5),
+        ("seed", "7"),
+        ("logprobs", 1.5),
+        ("logprobs", False),
+        ("ignore_eos", "no"),
+        ("ignore_eos", 0),
+        ("stop", [1]),
+        ("stop", ["a", ""]),
+        ("stop", b"END"),
+        ("stop", None),
     ],
 )
-def test_bad_settings_name_the_value(field, value):
-    with pytest.raises(ValueError, match=f"{field}={value}"):
+def test_bad_settings_name_the_value(field, value, unchecked):
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r} must be ")):
         SamplingParams(**{field: value})
 
 
 def test_stop_takes_one_string_or_several():
     assert SamplingParams(stop="END").stop == ("END",)
     assert dataclasses.replace(SamplingParams(), stop=["a", "b"]).stop == ("a", "b")
-    with pytest.raises(ValueError, match="empty"):
-        SamplingParams(stop="")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_tokens", np.int64(3)), ("temperature", 1), ("top_p", np.float32(0.5))]
+)
+def test_numbers_of_numpy_and_whole_floats_will_do(field, value, unchecked):
+    assert getattr(SamplingParams(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**31, 2**32 + 5, -(10**30)])
+def test_any_whole_number_is_a_seed(seed):
+    (key,) = SlotSampling.stack([SamplingParams(seed=seed)]).keys
+    assert int(jax.random.key_data(key)[1]) == seed % 2**32
+
+
+def test_the_largest_settings_give_no_nan():
+    """The penalties that float32 just holds, twice over."""
+    most = float(np.finfo(np.float32).max)
+    settings = SamplingParams(
+        presence_penalty=most, frequency_penalty=most, repetition_penalty=most, temperature=most, min_p=0.5
+    )
+    logits, seen = jnp.asarray([[2.0, -2.0, 1.0, -1.0, 0.5]]), jnp.zeros((1, 5), bool)
+    slots = SlotSampling.stack([settings])
+    out = penalize(logits, seen, jnp.asarray([[0, 0, 2, 3, 0]]), slots)
+    assert not jnp.isnan(out).any()
+    assert int(sample(out, slots, jnp.asarray([0]))[0]) in {0, 1, 4}

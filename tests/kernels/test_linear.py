@@ -58,6 +58,16 @@ def test_result_has_the_activations_dtype(name, dtype):
     np.testing.assert_allclose(y.astype(jnp.float32), full, atol=0.1, rtol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_long_sums_of_codes_fit_narrow_floats(name, dtype):
+    """Sums over 4096 codes reach 500,000, where float16 ends at 65,504; the products themselves are small."""
+    w = FORMATS[name].quantize(0.01 + 0.001 * weight(features=4096))
+    x = (1 + 0.1 * jax.random.normal(jax.random.key(1), (2, 4096))).astype(dtype)
+    expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
+    np.testing.assert_allclose(linear(x, w).astype(jnp.float32), expected, rtol=0.01)
+
+
 def test_gradient_reaches_activations_straight_through():
     w = FORMATS["int8_block"].quantize(weight())
     x, dy = jax.random.normal(jax.random.key(1), (5, 64)), jax.random.normal(jax.random.key(2), (5, 24))

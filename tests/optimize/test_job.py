@@ -128,10 +128,12 @@ def test_the_text_that_ships_is_long_enough(stories):
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_written(stories, tmp_path, settings, text, message):
-    measure = dataclasses.replace(MEASURE, **settings)
+    measure, stages = dataclasses.replace(MEASURE, **settings), []
+    recipe, progress = dataclasses.replace(RECIPE, measure=measure), lambda *stage: stages.append(stage)
     with pytest.raises(ValueError, match=message):
-        optimize(*stories, dataclasses.replace(RECIPE, measure=measure), text=text, out=tmp_path / "out")
+        optimize(*stories, recipe, text=text, out=tmp_path / "out", progress=progress)
     assert not any(tmp_path.iterdir())
+    assert not stages, "before any work"
 
 
 def test_a_model_without_tokenizer_is_refused(stories):

@@ -47,6 +47,45 @@ def test_unknown_logical_axis_is_refused(sharding):
         sharding.spec(("color",))
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("stage=4", "mesh stage=4 would split nothing: pipeline stages are not built yet; leave stage at 1"),
+        ("data=2,sequence=2", "mesh sequence=2 would split nothing: splitting sequences is not built yet"),
+        ("expert=2,tensor=2", "mesh expert=2 would split nothing: the model has no experts"),
+    ],
+)
+def test_mesh_axes_that_split_nothing_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        Sharding(MeshSpec.parse(spec).build(), {"heads": 8})
+
+
+def test_a_batch_is_the_callers_to_split():
+    sharding = Sharding(MeshSpec(data=8).build(), {"heads": 8})
+    assert sharding.spec(("batch", None)) == P("data", None)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_meshes_of_other_axes_are_refused(devices):
+    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("model",))
+    with pytest.raises(ValueError, match="unknown mesh axis 'model'; axes are data, stage, expert"):
+        Sharding(mesh, {"heads": 8})
+
+
+def test_meshes_of_explicit_axes_are_refused():
+    """What `jax.make_mesh` gives by itself."""
+    mesh = jax.make_mesh((4,), ("tensor",))
+    with pytest.raises(
+        ValueError, match=r"axes are Explicit and must be Auto: give jax.make_mesh axis_types="
+    ):
+        Sharding(mesh, {"heads": 8})
+
+
+def test_a_mesh_of_ones_own_may_have_some_of_the_axes():
+    mesh = jax.sharding.Mesh(jax.devices()[:4], ("tensor",))
+    assert Sharding(mesh, {"heads": 8}).spec(("heads", "embed")) == P("tensor", None)
+
+
 def test_psum_sums_inside_a_shard_map_alone():
     mesh = MeshSpec(tensor=4).build()
     x = jnp.arange(8.0)

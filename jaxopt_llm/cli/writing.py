@@ -1,0 +1,39 @@
+"""Where commands write: asked before minutes of work, not after them."""
+
+import errno
+import os
+from pathlib import Path
+
+from jaxopt_llm.checkpoints.atomic import check_replaceable
+
+
+def out_path(given: str, *, marker: str | None) -> Path:
+    """The local path that `--out` means, if what a command makes can be written there.
+
+    Args:
+      given: the flag; `~` is the home directory.
+      marker: what every checkpoint holds of the kind that is to be written; None for a file in place of a directory.
+
+    Raises:
+      ValueError: if it is empty or remote.
+      OSError: if something stands there that is not replaced, or nothing can be made there.
+    """
+    if not given:
+        raise ValueError("--out is empty; name where to write the result")
+    if "://" in given:
+        raise ValueError(f"--out={given} is remote; name a local path, and copy it there afterwards")
+    out = Path(os.path.expanduser(given))
+    if marker is not None:
+        check_replaceable(out, marker)
+    elif out.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a directory stands where a file is to be written", str(out))
+    _check_parent(out)
+    return out
+
+
+def _check_parent(out: Path) -> None:
+    parent = next(place for place in Path(os.path.realpath(out)).parents if place.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file, so no directory can be made below it", str(parent))
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "cannot be written to; choose another --out", str(parent))
