@@ -1,7 +1,7 @@
 """Quantized arrays: what they hold, rounding to nearest, and back."""
 
 import dataclasses
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -77,20 +77,30 @@ class QArray:
 Weight = Array | QArray
 
 
+class Rounded(NamedTuple):
+    """The leaves of a `QArray`, on the host or on a device."""
+
+    data: Any
+    scale: Any
+    bias: Any
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """A rounding to nearest: symmetric codes with a scale for each group of input features.
+    """A rounding to nearest: codes with a scale for each group of input features.
 
     Attributes:
       bits: width of a code.
       group: input features that share a scale; None for one scale an output channel.
       scale_dtype: numpy name of the scales' dtype.
+      minimum: codes count up from the group's smallest value, which is kept too; else they are symmetric.
       act: activations rounded on the fly, as `QArray.act`.
     """
 
     bits: int
     group: int | None
     scale_dtype: str
+    minimum: bool = False
     act: tuple[int, int] | None = None
 
     def check(self, features: int, what: str) -> None:
@@ -100,22 +110,36 @@ class Format:
                 f"{what} has {features} input features, which groups of {self.group} do not divide; use int8"
             )
 
-    def round(
-        self, w: Shaped[AnyArray, "... I"]
-    ) -> tuple[Shaped[AnyArray, "... I"], Shaped[AnyArray, "... G"]]:
-        """Codes and scales of float weights."""
-        group = self.group or w.shape[-1]
-        return round_symmetric(w, bits=self.bits, group=group, scale_dtype=jnp.dtype(self.scale_dtype))
+    def shapes(self, shape: tuple[int, ...]) -> QArray:
+        """What a weight of this shape becomes, shapes and dtypes in the place of arrays."""
+        *rows, features = shape
+        scale = jax.ShapeDtypeStruct(
+            (*rows, features // (self.group or features)), jnp.dtype(self.scale_dtype)
+        )
+        data = jax.ShapeDtypeStruct(
+            (*rows, features // _PACK[self.bits]), jnp.uint8 if self.bits < 8 else jnp.int8
+        )
+        return QArray(data, scale, scale if self.minimum else None, bits=self.bits, act=self.act)
+
+    def round(self, w: Shaped[AnyArray, "... I"]) -> Rounded:
+        """Codes, packed, and scales of float weights. NumPy in, NumPy out: a loader rounds while it reads."""
+        group, dtype = self.group or w.shape[-1], jnp.dtype(self.scale_dtype)
+        bias = None
+        if self.minimum:
+            codes, scale, bias = round_affine(w, bits=self.bits, group=group, scale_dtype=dtype)
+        else:
+            codes, scale = round_symmetric(w, bits=self.bits, group=group, scale_dtype=dtype)
+        return Rounded(codes if self.bits == 8 else pack_nibbles(codes), scale, bias)
 
     def quantize(self, w: Float[Array, "... I"]) -> QArray:
         """Float weights as a `QArray`."""
-        data, scale = self.round(w)
-        return QArray(data, scale, bits=self.bits, act=self.act)
+        return QArray(*self.round(w), bits=self.bits, act=self.act)
 
 
 FORMATS = {
     "int8": Format(bits=8, group=None, scale_dtype="float32"),
     "int8_block": Format(bits=8, group=32, scale_dtype="float16", act=(8, 32)),  # GGUF's Q8_0
+    "int4": Format(bits=4, group=32, scale_dtype="float16", minimum=True, act=(8, 32)),  # GGUF's Q4_1
 }
 
 
@@ -150,3 +174,32 @@ def round_symmetric(
     stored = scale.astype(jnp.float32)[..., None]
     codes = xp.clip(xp.round(groups / xp.where(stored == 0, np.float32(1), stored)), -limit, limit)
     return codes.astype(jnp.int8).reshape(x.shape), scale
+
+
+def round_affine(
+    x: Shaped[AnyArray, "... I"], *, bits: int, group: int, scale_dtype: Any = jnp.float32
+) -> tuple[Shaped[AnyArray, "... I"], Shaped[AnyArray, "... G"], Shaped[AnyArray, "... G"]]:
+    """Rounds to nearest in groups of the last dimension, from the smallest value up.
+
+    Codes in uint8, `scale = (max - min) / (2**bits - 1)` and `bias = min`; codes are rounded against both as they
+    are stored. NumPy in, NumPy out.
+
+    Raises:
+      ValueError: if `group` does not divide the last dimension.
+    """
+    if x.shape[-1] % group:
+        raise ValueError(f"{group=} must divide the {x.shape[-1]} input features")
+    xp: Any = jnp if isinstance(x, jax.Array) else np
+    limit = 2**bits - 1
+    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // group, group)
+    least, most = groups.min(-1), groups.max(-1)
+    scale, bias = ((most - least) / np.float32(limit)).astype(scale_dtype), least.astype(scale_dtype)
+    stored, low = scale.astype(jnp.float32)[..., None], bias.astype(jnp.float32)[..., None]
+    codes = xp.clip(xp.round((groups - low) / xp.where(stored == 0, np.float32(1), stored)), 0, limit)
+    return codes.astype(jnp.uint8).reshape(x.shape), scale, bias
+
+
+def pack_nibbles(codes: Shaped[AnyArray, "... I"]) -> Shaped[AnyArray, "... bytes"]:
+    """4-bit codes two a byte, the even one in the low nibble."""
+    codes = codes.astype(jnp.uint8) & 0xF
+    return codes[..., ::2] | codes[..., 1::2] << 4

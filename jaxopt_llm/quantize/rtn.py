@@ -11,7 +11,8 @@ def quantize(model: Transformer, format: str) -> Transformer:
       model: with float weights; those already quantized are rounded from the values they stand for.
       format: `int8`, one scale an output channel, activations float: the form TPUs and GPUs run fast.
         `int8_block`, a float16 scale every 32 features, activations rounded likewise on the fly (GGUF's
-        Q8_0): the form CPUs run fast.
+        Q8_0): the form CPUs run fast. `int4`, a float16 scale and minimum every 32 features, activations as in
+        `int8_block` (GGUF's Q4_1): 5 bits a parameter.
 
     Raises:
       ValueError: for an unknown format, or a width that its groups do not divide; the message names the weight.

@@ -72,6 +72,9 @@ def test_no_value_is_off_by_more_than_half_a_step(values, name):
     step = np.repeat(np.asarray(q.scale, np.float64), q.group, axis=1)
     # Where float16 cannot hold a scale that small, all of its group is 0.
     bound = np.where(step == 0, 127 * 2.0**-25, step / 2) * (1 + 1e-5)
+    if q.bias is not None:  # a minimum in float16, and a scale that may fall short of the largest value
+        least = np.repeat(np.abs(np.asarray(q.bias, np.float64)), q.group, axis=1)
+        bound = bound + (least + 15 * step) * 2.0**-11 + 15 * 2.0**-25
     assert (np.abs(np.asarray(q.dequantize(), np.float64) - w) <= bound).all()
 
 
@@ -97,11 +100,26 @@ def test_int8_block_is_q8_0():
     assert (error(ours) <= error(codes) + 1e-9)[different].all()
 
 
+def test_int4_is_q4_1():
+    """The scales and minima of the `gguf` package, and an error no larger than its."""
+    w = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
+    blocks = gguf.quants.quantize(w, gguf.GGMLQuantizationType.Q4_1)
+    q = FORMATS["int4"].quantize(jnp.asarray(w))
+    stored = blocks.reshape(64, 16, 20)[..., :4].copy().view(np.float16)
+    np.testing.assert_array_equal(q.scale, stored[..., 0])
+    np.testing.assert_array_equal(q.bias, stored[..., 1])
+    error = lambda values: np.square(np.asarray(values, np.float64) - w).mean()
+    theirs = error(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_1))
+    assert error(q.dequantize()) <= theirs
+    assert q.nbytes == blocks.nbytes
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_predictions_stay_near(wide, name):
     tokens = jnp.arange(40)[None]
     exact, rounded = wide(tokens), jo.quantize(wide, name)(tokens)
-    assert float(jnp.abs(exact - rounded).max()) < 0.03 * float(jnp.abs(exact).max())
+    bound = {8: 0.03, 4: 0.3}[FORMATS[name].bits]
+    assert float(jnp.abs(exact - rounded).max()) < bound * float(jnp.abs(exact).max())
 
 
 def test_a_quantized_model_goes_on_generating(stories):
@@ -134,5 +152,5 @@ def test_a_width_that_groups_do_not_divide_is_refused(stories):
 
 
 def test_an_unknown_format_is_refused(wide):
-    with pytest.raises(ValueError, match="unknown quantization 'int7'; known are int8, int8_block"):
+    with pytest.raises(ValueError, match="unknown quantization 'int7'; known are int8, int8_block, int4"):
         jo.quantize(wide, "int7")
