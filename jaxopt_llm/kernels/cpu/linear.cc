@@ -16,7 +16,7 @@ namespace ffi = xla::ffi;
 constexpr size_t kRoundAlone = 1 << 14;     // activations that are not worth a second thread
 constexpr size_t kMultiplyAlone = 1 << 16;  // multiplications likewise
 constexpr size_t kChunkBytes = 1 << 15;     // weights that a thread takes at once
-constexpr size_t kChunkRows = 192;
+constexpr size_t kChunkInputs = 1 << 19;    // activations that its second-level cache has room for
 
 constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -76,7 +76,7 @@ void multiply(const LinearKernels& kernels, const LinearArgs& args, const Tiles&
   }
   const size_t group_bytes = args.panels_per_group() * kLanes * args.inputs * args.bits / 8;
   const size_t width = kChunkBytes / group_bytes + 1;
-  const size_t height = ceil_div(kChunkRows, kernels.stripe);
+  const size_t height = kChunkInputs / (kernels.stripe * args.inputs * (args.round ? 1 : sizeof(float))) + 1;
   const size_t down = ceil_div(stripes, height);
   parallel_for(ceil_div(groups, width) * down, [&](size_t chunk) {
     const size_t group = chunk / down * width, stripe = chunk % down * height;

@@ -15,7 +15,8 @@ using jaxopt::Tiles;
 
 constexpr size_t kStripe = simd::kTileRows[0];
 constexpr size_t kVectors = kBlock / 4;  // of four inputs in a block
-constexpr size_t kAhead = 2048;          // bytes of weights that are fetched before they are read
+constexpr size_t kAhead = 8192;          // bytes of weights that are fetched before they are read
+constexpr float kSmallest = 1.17549435e-38f;
 
 JAXOPT_INLINE F32 load_floats(Floats from, size_t vector) {
   const size_t at = vector * kLanes;
@@ -67,65 +68,85 @@ struct TileRow {
     start = tiles.start + first_block;
     zero = args.bits == 8 ? simd::kByteZero : args.nibble_zero();
   }
+};
 
-  // Rounded to nearest: max|x| becomes 127.
-  JAXOPT_INLINE void put_rounded(size_t block, F32 a, F32 b) {
-    const float block_scale = simd::max_magnitude(a, b) / 127.0f;
-    const float step = block_scale == 0.0f ? 1.0f : block_scale;
-    const F32 divisor = simd::broadcast(step), inverse = simd::broadcast(1.0f / step);
-    const I32 first = simd::clip(simd::round(simd::divide(a, divisor, inverse)), 127);
-    const I32 second = simd::clip(simd::round(simd::divide(b, divisor, inverse)), 127);
-    simd::store_bytes(codes + block * height * kBlock, first);
-    simd::store_bytes(codes + block * height * kBlock + kLanes, second);
+// A row of activations, through the norm if there is one.
+template <bool kNorm>
+struct InputRow {
+  const float* x;
+  const float* gain;
+  F32 factor;
 
-    const int32_t total = simd::reduce_add(simd::add(first, second));
-    scale[block * height] = block_scale;
-    sum[block * height] = block_scale * static_cast<float>(total);
-    start[block * height] = -total * zero;
+  InputRow(const LinearArgs& args, size_t row) : x(args.x + row * args.inputs), gain(args.gain), factor(simd::zero()) {
+    if (!kNorm) return;
+    F32 squares = simd::zero();
+    for (size_t i = 0; i < args.inputs; i += kLanes) {
+      const F32 value = simd::load(x + i);
+      squares = simd::fma(value, value, squares);
+    }
+    factor = simd::broadcast(1.0f / sqrtf(simd::reduce_add(squares) / static_cast<float>(args.inputs) + args.eps));
   }
 
-  JAXOPT_INLINE void put_plain(size_t block, F32 a, F32 b) {
-    simd::store(values + block * height * kBlock, a);
-    simd::store(values + block * height * kBlock + kLanes, b);
-    sum[block * height] = simd::reduce_add(simd::add(a, b));
+  JAXOPT_INLINE F32 at(size_t i) const {
+    const F32 value = simd::load(x + i);
+    return kNorm ? simd::mul(simd::mul(value, factor), simd::load(gain + i)) : value;
   }
 };
 
-// What the norm multiplies a row with, apart from the gain.
-inline float inverse_rms(const float* x, size_t inputs, float eps) {
-  F32 squares = simd::zero();
-  for (size_t i = 0; i < inputs; i += kLanes) {
-    const F32 value = simd::load(x + i);
-    squares = simd::fma(value, value, squares);
+// Rounds up to 16 blocks to nearest, so that max|x| becomes 127: their divisions are done at once.
+template <bool kNorm>
+JAXOPT_INLINE void round_blocks(const InputRow<kNorm>& from, const TileRow& to, size_t first, size_t count) {
+  float scale[kLanes] = {}, step[kLanes], inverse[kLanes];
+  for (size_t i = 0; i < count; ++i) {
+    const size_t at = (first + i) * kBlock;
+    scale[i] = simd::max_magnitude(from.at(at), from.at(at + kLanes));
   }
-  return 1.0f / sqrtf(simd::reduce_add(squares) / static_cast<float>(inputs) + eps);
+  const F32 scales = simd::div(simd::load(scale), simd::broadcast(127.0f));
+  const F32 steps = simd::max(scales, simd::broadcast(kSmallest));  // a block of zeros has zeros for codes
+  simd::store(scale, scales);
+  simd::store(step, steps);
+  simd::store(inverse, simd::div(simd::broadcast(1.0f), steps));
+  for (size_t i = 0; i < count; ++i) {
+    const size_t at = (first + i) * kBlock, block = (first + i) * to.height;
+    const F32 divisor = simd::broadcast(step[i]), factor = simd::broadcast(inverse[i]);
+    const I32 a = simd::clip(simd::round(simd::divide(from.at(at), divisor, factor)), 127);
+    const I32 b = simd::clip(simd::round(simd::divide(from.at(at + kLanes), divisor, factor)), 127);
+    simd::store_bytes(to.codes + block * kBlock, a);
+    simd::store_bytes(to.codes + block * kBlock + kLanes, b);
+    const int32_t sum = simd::reduce_add(simd::add(a, b));
+    to.scale[block] = scale[i];
+    to.sum[block] = scale[i] * static_cast<float>(sum);
+    to.start[block] = -sum * to.zero;
+  }
 }
 
-template <bool kNorm, bool kRound>
-void prepare_row(const LinearArgs& args, const float* x, TileRow to) {
-  const float* gain = args.gain;
+template <bool kNorm>
+void prepare_rounded(const LinearArgs& args, size_t row, TileRow to) {
+  const InputRow<kNorm> from(args, row);
   const size_t blocks = args.blocks();
-  F32 factor = simd::broadcast(1.0f);
-  if (kNorm) factor = simd::broadcast(inverse_rms(x, args.inputs, args.eps));
-  for (size_t block = 0; block < blocks; ++block) {
-    F32 a = simd::load(x + block * kBlock), b = simd::load(x + block * kBlock + kLanes);
-    if (kNorm) {
-      a = simd::mul(simd::mul(a, factor), simd::load(gain + block * kBlock));
-      b = simd::mul(simd::mul(b, factor), simd::load(gain + block * kBlock + kLanes));
-    }
-    if (kRound) to.put_rounded(block, a, b);
-    else to.put_plain(block, a, b);
+  size_t block = 0;
+  for (; block + kLanes <= blocks; block += kLanes) round_blocks(from, to, block, kLanes);
+  round_blocks(from, to, block, blocks - block);
+}
+
+template <bool kNorm>
+void prepare_plain(const LinearArgs& args, size_t row, TileRow to) {
+  const InputRow<kNorm> from(args, row);
+  const size_t blocks = args.blocks();
+  for (size_t i = 0; i < blocks; ++i) {
+    const F32 a = from.at(i * kBlock), b = from.at(i * kBlock + kLanes);
+    simd::store(to.values + i * to.height * kBlock, a);
+    simd::store(to.values + i * to.height * kBlock + kLanes, b);
+    to.sum[i * to.height] = simd::reduce_add(simd::add(a, b));
   }
 }
 
 void prepare(const LinearArgs& args, const Tiles& tiles, size_t stripe) {
-  const auto with_norm = args.round ? prepare_row<true, true> : prepare_row<true, false>;
-  const auto without = args.round ? prepare_row<false, true> : prepare_row<false, false>;
-  const auto prepare_one = args.gain != nullptr ? with_norm : without;
+  const auto with_norm = args.round ? prepare_rounded<true> : prepare_plain<true>;
+  const auto without = args.round ? prepare_rounded<false> : prepare_plain<false>;
+  const auto prepare_row = args.gain != nullptr ? with_norm : without;
   for_each_tile(args, stripe, [&](size_t base, size_t height) {
-    for (size_t row = 0; row < height; ++row) {
-      prepare_one(args, args.x + (base + row) * args.inputs, TileRow(args, tiles, base, row, height));
-    }
+    for (size_t row = 0; row < height; ++row) prepare_row(args, base + row, TileRow(args, tiles, base, row, height));
   });
 }
 
