@@ -12,22 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxopt_llm.kernels import pages
+from jaxopt_llm.kernels.cpu.attend import attend
+from jaxopt_llm.kernels.pages import Pages
+
 _BLOCK = 256  # queries that attend at once over a dense batch
 _GATHERED = 2**22  # elements of keys gathered from pages at once
 _MASKED = -1e30  # finite, so that a padding row with nothing to see stays free of NaN
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Pages:
-    """Keys and values of one layer, `[pages, page_size, K, H]` each.
-
-    Two arrays rather than one: XLA updates them in place, where pages that combine both are copied at
-    every write.
-    """
-
-    k: Float[Array, "pages page_size K H"]
-    v: Float[Array, "pages page_size K H"]
 
 
 @runtime_checkable
@@ -78,7 +69,8 @@ def attention(
     """Causal grouped-query attention (arXiv:2305.13245); writes the new keys and values first.
 
     A uniform batch attends to itself alone, blockwise, with gradients. A ragged one reads everything
-    its slots hold in the pages.
+    its slots hold in the pages. Over pages that `init_pages(kernel=True)` made for a kernel, both run in
+    that kernel, without gradients.
 
     Args:
       q, k, v: projections, with positions already rotated in.
@@ -90,8 +82,15 @@ def attention(
     Raises:
       ValueError: for a ragged batch without pages.
     """
+    if cache is not None and cache.kernel:
+        return attend(
+            q, k, v, cache,
+            positions=rows.positions, slots=rows.slots, table=_table(rows, spec.kind),
+            sinks=sinks, scale=spec.scale, window=spec.window, softcap=spec.softcap,
+        )  # fmt: skip
     if cache is not None:
         cache = _write(cache, k, v, rows, spec.kind)
+        k, v = pages.kept(k, cache.k.dtype), pages.kept(v, cache.v.dtype)
     if rows.shape is not None:
         return _dense(q, k, v, rows.shape, spec, sinks), cache
     if cache is None:
@@ -106,19 +105,16 @@ def _table(rows: Rows, kind: int) -> Int[Array, "R P"]:
 
 
 def _write(cache: Pages, k: Array, v: Array, rows: Rows, kind: int) -> Pages:
-    pages, page_size = cache.k.shape[:2]
-    page = _table(rows, kind).at[rows.slots, rows.positions // page_size].get(mode="fill", fill_value=pages)
-    place = (page, rows.positions % page_size)
-    put = lambda store, new: store.at[place].set(new.astype(store.dtype), mode="drop")
-    return Pages(put(cache.k, k), put(cache.v, v))
+    count, page_size = cache.k.shape[:2]
+    page = _table(rows, kind).at[rows.slots, rows.positions // page_size].get(mode="fill", fill_value=count)
+    return pages.write(cache, k, v, page, rows.positions % page_size)
 
 
 def _paged(q: Array, cache: Pages, rows: Rows, spec: AttentionSpec, sinks: Array | None) -> Array:
     table = _table(rows, spec.kind)
 
     def one(query: Array, position: Array, slot: Array) -> Array:
-        read = lambda store: store[table[slot]].reshape(-1, *store.shape[2:])
-        keys, values = read(cache.k), read(cache.v)
+        keys, values = pages.read(cache, table[slot], query.dtype)
         visible = _visible(position[None], jnp.arange(keys.shape[0]), spec.window)
         return _attend(query[None, None], keys[None], values[None], visible, spec, sinks)[0, 0]
 

@@ -1,12 +1,14 @@
 """`Batch`: which token belongs to which slot at which position. `Cache`: the pages of every layer."""
 
 import dataclasses
+import functools
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxopt_llm import kernels
 from jaxopt_llm.kernels import Pages
 from jaxopt_llm.models.config import ModelConfig
 
@@ -78,7 +80,11 @@ class Batch:
         )
 
 
-def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype) -> Cache:
-    """Empty pages for every layer: `num_pages` of `page_size` tokens."""
-    shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
-    return tuple(Pages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+def init_cache(
+    config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype, *, kernel: bool = False
+) -> Cache:
+    """Empty pages for every layer: `num_pages` of `page_size` tokens. `kernel`: as `kernels.init_pages` has it."""
+    pages = functools.partial(
+        kernels.init_pages, num_pages, page_size, config.num_kv_heads, config.head_dim, dtype, kernel=kernel
+    )
+    return tuple(pages() for _ in range(config.num_layers))

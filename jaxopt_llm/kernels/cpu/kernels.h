@@ -1,6 +1,7 @@
 // What a translation unit compiled for one instruction set offers, and which of them runs.
 #pragma once
 
+#include "attention.h"
 #include "linear.h"
 
 namespace jaxopt {
@@ -8,6 +9,7 @@ namespace jaxopt {
 struct Kernels {
   const char* name;
   LinearKernels linear;
+  AttentionKernels attention;
 };
 
 // Null where this machine cannot run it, or it was not built.

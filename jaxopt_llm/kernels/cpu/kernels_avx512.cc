@@ -4,13 +4,14 @@
 #include "vector_math.h"
 // The kernels follow their vectors.
 #include "linear_kernel.h"
+#include "attention_kernel.h"
 
 #include "kernels.h"
 
 namespace jaxopt {
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = {simd::kName, linear_kernels()};
+  static const Kernels kernels = {simd::kName, linear_kernels(), attention_kernels()};
   return &kernels;
 }
 

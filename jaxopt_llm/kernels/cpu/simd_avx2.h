@@ -16,6 +16,7 @@ inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), 
 
 constexpr const char* kName = "avx2";
 constexpr size_t kTileRows[] = {4, 2, 1};
+constexpr size_t kTileVectors = 1;
 
 struct F32 {
   __m256 a, b;
@@ -40,6 +41,20 @@ inline __m256 widen_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_eight_halves(p)), 16));
 }
 inline F32 load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+
+inline __m256 widen_i8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline F32 load_i8(const int8_t* p) { return {widen_i8(p), widen_i8(p + 8)}; }
+inline __m256 keep(__m256 x, int begin, int end, __m256 other) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i outside = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane),
+                                          _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(end - 1)));
+  return _mm256_blendv_ps(x, other, _mm256_castsi256_ps(outside));
+}
+inline F32 keep(F32 x, int begin, int end, F32 other) {
+  return {keep(x.a, begin, end, other.a), keep(x.b, begin - 8, end - 8, other.b)};
+}
 
 inline F32 add(F32 x, F32 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline F32 sub(F32 x, F32 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }

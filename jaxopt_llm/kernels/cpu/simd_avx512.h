@@ -21,6 +21,8 @@ constexpr const char* kName = "avx512_vnni";
 
 // Rows that a register tile may hold, largest first: an integer and a float accumulator each, in 32 registers.
 constexpr size_t kTileRows[] = {12, 8, 4, 2, 1};
+// Vectors beside six rows in a tile of attention.
+constexpr size_t kTileVectors = 4;
 
 using F32 = __m512;
 using I32 = __m512i;
@@ -33,6 +35,14 @@ inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
 inline F32 load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline F32 load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+
+inline F32 load_i8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+// Lanes from `begin` up to `end` of `x`, the others of `other`.
+inline F32 keep(F32 x, int begin, int end, F32 other) {
+  return _mm512_mask_blend_ps(((1u << end) - 1) & ~((1u << begin) - 1), other, x);
 }
 
 inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }

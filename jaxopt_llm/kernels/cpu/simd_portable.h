@@ -17,6 +17,7 @@ inline void prefetch(const void*) {}
 
 constexpr const char* kName = "portable";
 constexpr size_t kTileRows[] = {4, 1};
+constexpr size_t kTileVectors = 1;
 constexpr int kLanes = 16;
 
 struct F32 {
@@ -67,6 +68,13 @@ inline F32 load_f16(const uint16_t* p) {
 }
 inline F32 load_bf16(const uint16_t* p) {
   return lanes<F32>([=](int i) { return from_bits(uint32_t{p[i]} << 16); });
+}
+
+inline F32 load_i8(const int8_t* p) {
+  return lanes<F32>([=](int i) { return static_cast<float>(p[i]); });
+}
+inline F32 keep(const F32& x, int begin, int end, const F32& other) {
+  return lanes<F32>([&](int i) { return begin <= i && i < end ? x.v[i] : other.v[i]; });
 }
 
 inline F32 add(const F32& a, const F32& b) {

@@ -1,0 +1,305 @@
+"""The CPU attention kernel against float64 NumPy, on every instruction set that this machine can run."""
+
+import concurrent.futures
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxopt_llm.kernels import AttentionSpec, attention, init_pages
+from jaxopt_llm.kernels.cpu import library
+from jaxopt_llm.models import Batch
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="the library was not built: no C++ compiler")
+ISAS = library.supported() if library.load() else []
+DTYPES = ("float32", "bfloat16", "int8")
+PLAIN = AttentionSpec(scale=0.2)
+SPECS = {
+    "plain": PLAIN,
+    "window": AttentionSpec(scale=0.2, window=7),
+    "wide window": AttentionSpec(scale=0.2, window=100),
+    "softcap": AttentionSpec(scale=0.4, softcap=3.0),
+}
+LENGTHS = (150, 1, 70)  # of the sequences
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    library.configure(isa=request.param)
+    yield request.param
+    library.configure(isa=ISAS[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    heads: int = 6
+    kv_heads: int = 2
+    width: int = 32
+    page_size: int = 16
+    dtype: str = "float32"
+
+    def sequences(self):
+        """q, k and v of each sequence."""
+        rng = np.random.default_rng(0)
+        counts = (self.heads, self.kv_heads, self.kv_heads)
+        return [
+            [rng.normal(size=(n, heads, self.width)).astype(np.float32) for heads in counts] for n in LENGTHS
+        ]
+
+    def pages(self):
+        """Pages that hold NaN, and a table that takes them in no order."""
+        each = -(-max(LENGTHS) // self.page_size)
+        order = np.random.default_rng(1).permutation(len(LENGTHS) * each)
+        table = jnp.asarray(order.reshape(1, len(LENGTHS), each), jnp.int32)
+        pages = init_pages(
+            len(order), self.page_size, self.kv_heads, self.width, jnp.dtype(self.dtype), kernel=True
+        )
+        assert pages.kernel
+        fill = lambda a: jnp.full_like(a, 99 if a.dtype == jnp.int8 else jnp.nan)
+        return jax.tree.map(fill, pages), table
+
+
+def batches(chunk, *, padding=2):
+    """(slot, position) of every token, `chunk` of each sequence a batch, those of a slot in order; then padding."""
+    for first in range(0, max(LENGTHS), chunk):
+        rows = [(s, p) for s, n in enumerate(LENGTHS) for p in range(first, min(first + chunk, n))]
+        yield rows + [(len(LENGTHS), 3)] * padding
+
+
+def mixed():
+    """One batch of a long chunk, then decoding beside chunks of several lengths."""
+    yield [(0, p) for p in range(140)]
+    yield [(2, p) for p in range(60)] + [(0, 140), (1, 0)]
+    for step in range(1, 10):
+        yield [(0, 140 + step), (2, 59 + step)]
+    yield [(2, 69)]
+
+
+def run(shape, spec, steps, sinks=None):
+    """[T, N, H] of every sequence, as the batches of `steps` give it."""
+    sequences = shape.sequences()
+    pages, table = shape.pages()
+    outputs = [np.zeros_like(q) for q, _, _ in sequences]
+    call = jax.jit(lambda q, k, v, batch, pages: attention(q, k, v, batch, pages, spec, sinks))
+    for rows in steps:
+        width = -(-len(rows) // 64) * 64 if len(rows) > 8 else len(rows)  # few programs
+        rows = rows + [(len(LENGTHS), 0)] * (width - len(rows))
+        take = lambda i, rows=rows: jnp.stack(
+            [sequences[s][i][p] if s < len(LENGTHS) else np.full_like(sequences[0][i][0], 7) for s, p in rows]
+        )
+        out, pages = call(take(0), take(1), take(2), ragged(rows, table), pages)
+        for (slot, position), row in zip(rows, np.asarray(out), strict=True):
+            if slot < len(LENGTHS):
+                outputs[slot][position] = row
+            else:
+                assert not row.any()
+    return outputs
+
+
+def ragged(rows, table):
+    slots, positions = (jnp.asarray(column, jnp.int32) for column in zip(*rows, strict=True))
+    count = table.shape[1]
+    return Batch(
+        tokens=jnp.zeros_like(slots),
+        positions=positions,
+        slots=slots,
+        kv_len=jnp.zeros(count, jnp.int32),
+        query_start=jnp.zeros(count + 1, jnp.int32),
+        num_slots=jnp.asarray(count, jnp.int32),
+        page_table=table,
+    )
+
+
+def kept(x, dtype):
+    """What pages hold of `x`, in float64."""
+    if dtype != "int8":
+        return np.asarray(jnp.asarray(x, dtype), np.float64)
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    return np.clip(np.round(x / scale), -127, 127).astype(np.float64) * scale
+
+
+def reference(shape, spec, sinks=None):
+    results = []
+    for q, k, v in shape.sequences():
+        group = shape.heads // shape.kv_heads
+        keys, values = (np.repeat(kept(x, shape.dtype), group, axis=1) for x in (k, v))
+        scores = np.einsum("tnh,snh->nts", q.astype(np.float64), keys) * spec.scale
+        if spec.softcap:
+            scores = spec.softcap * np.tanh(scores / spec.softcap)
+        distance = np.arange(len(q))[:, None] - np.arange(len(q))[None, :]
+        seen = (distance >= 0) & (distance < (spec.window or len(q)))
+        weights = np.where(seen, np.exp(scores), 0)
+        total = weights.sum(-1, keepdims=True)
+        if sinks is not None:
+            total = total + np.exp(np.asarray(sinks, np.float64))[:, None, None]
+        results.append(np.einsum("nts,snh->tnh", weights / total, values))
+    return results
+
+
+def assert_close(ours, theirs, atol=2e-6):
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+def assert_equal(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_masks(spec, dtype, isa):
+    shape, spec, sinks = Shape(dtype=dtype), SPECS[spec], jnp.linspace(-1, 2, 6)
+    assert_close(run(shape, spec, mixed(), sinks), reference(shape, spec, sinks))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(1, 1), (6, 3), (9, 3), (4, 1), (5, 1), (7, 1), (16, 2)])
+def test_heads_that_share_keys(heads, dtype, isa):
+    shape = Shape(*heads, dtype=dtype)
+    assert_close(run(shape, PLAIN, mixed()), reference(shape, PLAIN))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 64, 80, 128, 256])
+def test_widths(width, dtype, isa):
+    shape, spec = Shape(width=width, dtype=dtype), AttentionSpec(scale=width**-0.5)
+    assert_close(run(shape, spec, mixed()), reference(shape, spec))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", ["plain", "wide window"])
+def test_bits_depend_on_nothing_else(spec, dtype, isa):
+    """Chunks, neighbours, page sizes and threads."""
+    spec, shape = SPECS[spec], Shape(9, 3, 64, dtype=dtype)
+    whole = run(shape, spec, batches(150))
+    for chunk in (1, 33, 64):
+        assert_equal(run(shape, spec, batches(chunk)), whole)
+    assert_equal(run(shape, spec, mixed()), whole)
+    assert_equal(run(dataclasses.replace(shape, page_size=48), spec, mixed()), whole)
+    alone = [[(0, p) for p in range(149)], [(0, 149)]]
+    np.testing.assert_array_equal(run(shape, spec, alone)[0], whole[0])
+    for threads in (1, 3, 8):
+        library.configure(threads=threads)
+        assert_equal(run(shape, spec, mixed()), whole)
+    library.configure(threads=2)
+
+
+def test_split_contexts_keep_their_bits(isa):
+    """A decoding slot's long context is shared out among threads."""
+    shape = Shape(9, 3, 64)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1000, n, 64)).astype(np.float32) for n in (9, 3, 3))
+    table = jnp.arange(63, dtype=jnp.int32).reshape(1, 1, 63)
+    call = jax.jit(lambda q, k, v, batch, pages: attention(q, k, v, batch, pages, PLAIN))
+    outputs = []
+    for threads in (1, 2, 5):
+        library.configure(threads=threads)
+        pages = init_pages(63, 16, 3, 64, jnp.float32, kernel=True)
+        out, _ = call(q, k, v, ragged([(0, p) for p in range(1000)], table), pages)
+        _, pages = call(q[:999], k[:999], v[:999], ragged([(0, p) for p in range(999)], table), pages)
+        last, _ = call(q[999:], k[999:], v[999:], ragged([(0, 999)], table), pages)
+        np.testing.assert_array_equal(last[0], out[999])
+        outputs.append(out)
+    library.configure(threads=2)
+    assert_equal(outputs[1:], outputs[:1] * 2)
+    del shape
+
+
+def test_the_definition_keeps_the_same_codes():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(40, n, 32)), jnp.float32) for n in (4, 2, 2))
+    batch = ragged([(0, p) for p in range(40)], jnp.arange(3, dtype=jnp.int32).reshape(1, 1, 3))
+    results = []
+    for kernel in (True, False):
+        pages = init_pages(3, 16, 2, 32, jnp.int8, kernel=kernel)
+        results.append(attention(q, k, v, batch, pages, PLAIN))
+    (ours, kernel), (theirs, plain) = results
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    np.testing.assert_array_equal(kernel.v.transpose(0, 2, 1, 3), plain.v)
+    np.testing.assert_array_equal(kernel.k.transpose(0, 2, 4, 1, 3).reshape(plain.k.shape), plain.k)
+    # XLA multiplies with 1/127 where the kernel divides
+    np.testing.assert_allclose(kernel.k_scale.transpose(0, 2, 1), plain.k_scale, rtol=2e-7)
+    np.testing.assert_allclose(kernel.v_scale.transpose(0, 2, 1), plain.v_scale, rtol=2e-7)
+
+
+def test_uniform_batches_and_half_precision():
+    """Prompts as `Batch.dense` lays them out, padded; bfloat16 in and out."""
+    q, k, v = (np.stack([x[:70] for x in xs]) for xs in zip(*(s for s in long_sequences()), strict=True))
+    table = jnp.arange(10, dtype=jnp.int32).reshape(1, 2, 5)
+    batch = Batch.dense(jnp.zeros((2, 70), jnp.int32), jnp.asarray([70, 33]), table)
+    outputs = []
+    for dtype, kernel in ((jnp.float32, False), (jnp.float32, True), (jnp.bfloat16, True)):
+        flat = [jnp.asarray(x.reshape(140, *x.shape[2:]), dtype) for x in (q, k, v)]
+        out, _ = attention(*flat, batch, init_pages(10, 16, 2, 32, dtype, kernel=kernel), PLAIN)
+        assert out.dtype == dtype
+        outputs.append(np.asarray(out.astype(jnp.float32)).reshape(2, 70, 6, 32))
+    for row, length in enumerate((70, 33)):
+        np.testing.assert_allclose(outputs[1][row, :length], outputs[0][row, :length], atol=2e-6)
+        np.testing.assert_allclose(outputs[2][row, :length], outputs[0][row, :length], atol=0.02)
+
+
+def long_sequences():
+    first, _, third = Shape().sequences()
+    return [[x[:70] for x in first], third]
+
+
+def test_eight_devices_at_once():
+    """No caller waits for a thread that another one holds."""
+    whole = run(Shape(), PLAIN, mixed())
+
+    def on(device):
+        with jax.default_device(device):
+            return run(Shape(), PLAIN, mixed())
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for result in pool.map(on, jax.devices()):
+            assert_equal(result, whole)
+
+
+def test_pages_stay_in_place():
+    """Temporaries do not grow with the pool, in a step and in a loop of steps."""
+
+    def step(x, pages, position):
+        batch = ragged_row(position, pages.v.shape[0])
+        out, pages = attention(x, x[:, :2], x[:, :2], batch, pages, PLAIN)
+        return out, pages
+
+    def loop(x, pages, position):
+        def body(carry):
+            x, pages, position = carry
+            return *step(x, pages, position), position + 1
+
+        return jax.lax.while_loop(lambda carry: carry[2] < 9, body, (x, pages, position))
+
+    for program in (step, loop):
+        for dtype in DTYPES:
+            temporaries = []
+            for count in (10, 1000):
+                pages = init_pages(count, 16, 2, 32, jnp.dtype(dtype), kernel=True)
+                arguments = (jnp.zeros((1, 6, 32)), pages, jnp.asarray(0, jnp.int32))
+                compiled = jax.jit(program, donate_argnums=1).lower(*arguments).compile()
+                memory = compiled.memory_analysis()
+                temporaries.append(memory.temp_size_in_bytes)
+                assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(pages))
+            assert temporaries[0] == temporaries[1]
+
+
+def ragged_row(position, pages):
+    """One token of one slot that has the first ten pages."""
+    batch = ragged([(0, 0)], jnp.arange(10, dtype=jnp.int32).reshape(1, 1, 10) % pages)
+    return dataclasses.replace(batch, positions=position[None])
+
+
+def test_pages_without_a_kernel():
+    for pages in (
+        init_pages(3, 16, 2, 32, jnp.float32),
+        init_pages(3, 8, 2, 32, jnp.float32, kernel=True),
+        init_pages(3, 16, 2, 10, jnp.float32, kernel=True),
+        init_pages(3, 16, 2, 32, jnp.float16, kernel=True),
+        init_pages(3, 16, 2, 32, jnp.float32, kernel=True, platform="tpu"),
+    ):
+        assert not pages.kernel
+        assert pages.k.shape == pages.v.shape == (3, pages.k.shape[1], 2, pages.k.shape[3])
