@@ -18,7 +18,7 @@ constexpr size_t kGroups = kKeys / kGroup;
 constexpr size_t kQueries = 6;  // of a register tile, at most; beside kTileVectors vectors of keys or of values
 constexpr float kUnseen = -1e30f;  // the score of a key that a query does not see; finite, as differences are taken
 
-inline F32 load(const float* p) { return simd::load(p); }
+inline F32 load(const float* p) { return simd::load_once(p); }
 inline F32 load(const uint16_t* p) { return simd::load_bf16(p); }
 inline F32 load(const int8_t* p) { return simd::load_i8(p); }
 
@@ -95,7 +95,18 @@ struct Block {
   const T* values[kGroups];          // [16][width]
   const float* key_scales[kGroups];  // null but for codes
   const float* value_scales[kGroups];
+  const T* next_keys[kGroups];  // of the block after this, to be fetched ahead
 };
+
+// Asks for the vector in `ahead` that lies as `at` does in `from`: what is read next, at the pace of what is read now.
+template <class T>
+inline void fetch(const T* at, const T* from, const T* ahead) {
+  constexpr size_t kLine = 64;
+  const size_t bytes = (at - from) * sizeof(T);
+  if (sizeof(T) * kLanes == kLine || bytes % kLine == 0) {
+    __builtin_prefetch(reinterpret_cast<const char*>(ahead) + bytes, 0, 2);
+  }
+}
 
 // A part of the result; see `part_size`.
 struct Part {
@@ -134,9 +145,12 @@ template <class T, size_t kRows>
 void score(const AttentionArgs& args, const Block<T>& block, const float* queries, Range range, float* scores) {
   constexpr size_t kWide = simd::kTileVectors;
   for (size_t group = range.begin / kGroup / kWide * kWide; group * kGroup < range.end; group += kWide) {
-    const T* keys[kWide];
+    const T *keys[kWide], *values[kWide];
     JAXOPT_UNROLL
-    for (size_t j = 0; j < kWide; ++j) keys[j] = block.keys[group + j];
+    for (size_t j = 0; j < kWide; ++j) {
+      keys[j] = block.keys[group + j];
+      values[j] = block.values[group + j];
+    }
     F32 sum[kRows][kWide];
     JAXOPT_UNROLL
     for (size_t r = 0; r < kRows; ++r) {
@@ -146,7 +160,10 @@ void score(const AttentionArgs& args, const Block<T>& block, const float* querie
     for (size_t i = 0; i < args.width; ++i) {
       F32 key[kWide];
       JAXOPT_UNROLL
-      for (size_t j = 0; j < kWide; ++j) key[j] = load(keys[j] + i * kGroup);
+      for (size_t j = 0; j < kWide; ++j) {
+        key[j] = load(keys[j] + i * kGroup);
+        fetch(keys[j] + i * kGroup, keys[j], values[j]);
+      }
       JAXOPT_UNROLL
       for (size_t r = 0; r < kRows; ++r) {
         const F32 query = simd::broadcast(queries[i * kRows + r]);
@@ -205,12 +222,16 @@ inline void weigh(size_t width, const Block<T>& block, const float* weights, Ran
     for (size_t j = 0; j < kWide; ++j) sum[r][j] = simd::zero();
   }
   for (size_t key = range.begin; key < range.end;) {
-    const T* values = block.values[key / kGroup] + key % kGroup * width + first;
+    const T *group = block.values[key / kGroup], *next = block.next_keys[key / kGroup];
+    const T* values = group + key % kGroup * width + first;
     const size_t end = smaller(range.end, (key / kGroup + 1) * kGroup);
     for (; key < end; ++key, values += width) {
       F32 value[kWide];
       JAXOPT_UNROLL
-      for (size_t j = 0; j < kWide; ++j) value[j] = load(values + j * kLanes);
+      for (size_t j = 0; j < kWide; ++j) {
+        value[j] = load(values + j * kLanes);
+        fetch(values + j * kLanes, group, next);
+      }
       JAXOPT_UNROLL
       for (size_t r = 0; r < kRows; ++r) {
         const F32 weight = simd::broadcast(weights[r * kKeys + key]);
@@ -332,16 +353,18 @@ inline void pack_queries(const Rows& rows, float* to) {
   }
 }
 
-// The block from position `start` on, of which the range is read.
+// The index-th block of keys: where the groups lie that the rows see.
 template <class T>
-Block<T> find_block(const AttentionArgs& args, const Work& work, int64_t start, Range range) {
+Block<T> find_block(const Rows& rows, size_t index) {
+  const AttentionArgs& args = rows.args;
   Block<T> block{};
-  block.start = start;
+  block.start = index * kKeys;
+  const Range range = rows.seen(0, rows.count() - 1, block.start);
   const size_t first = range.begin / kGroup, last = (range.end - 1) / kGroup;
   for (size_t g = 0; g < kGroups; ++g) {
-    const int64_t position = start + static_cast<int64_t>(kGroup * (g < first ? first : smaller(g, last)));
-    const size_t page = smaller(args.page(work.run.slot, position), args.page_count - 1);
-    const size_t token = (page * args.heads + work.head) * args.page_size + position % args.page_size;
+    const int64_t position = block.start + static_cast<int64_t>(kGroup * (g < first ? first : smaller(g, last)));
+    const size_t page = smaller(args.page(rows.work.run.slot, position), args.page_count - 1);
+    const size_t token = (page * args.heads + rows.work.head) * args.page_size + position % args.page_size;
     block.keys[g] = static_cast<const T*>(args.key_pages) + token * args.width;
     block.values[g] = static_cast<const T*>(args.value_pages) + token * args.width;
     if (args.type != PageType::kI8) continue;
@@ -363,7 +386,7 @@ Block<float> widen(const AttentionArgs& args, const Block<T>& block, float* to) 
       simd::store(keys + i, load(block.keys[g] + i));
       simd::store(values + i, load(block.values[g] + i));
     }
-    wide.keys[g] = keys;
+    wide.keys[g] = wide.next_keys[g] = keys;
     wide.values[g] = values;
     wide.key_scales[g] = block.key_scales[g];
     wide.value_scales[g] = block.value_scales[g];
@@ -427,10 +450,12 @@ void attend_as(const AttentionArgs& args, const Work& work, const Scratch& scrat
   if (work.parts == nullptr) {
     for (size_t row = 0; row < rows.count(); ++row) Part{scratch.merged + row * stride, args.width}.clear();
   }
+  Block<T> next{};
+  if (work.first_block < work.end_block) next = find_block<T>(rows, work.first_block);
   for (size_t index = work.first_block; index < work.end_block; ++index) {
-    const int64_t start = index * kKeys;
-    const Range range = rows.seen(0, rows.count() - 1, start);
-    const Block<T> block = find_block<T>(args, work, start, range);
+    Block<T> block = next;
+    if (index + 1 < work.end_block) next = find_block<T>(rows, index + 1);
+    std::memcpy(block.next_keys, next.keys, sizeof next.keys);
     if (rows.count() <= kQueries) {
       attend_block(rows, block, index - work.first_block, scratch);
     } else {

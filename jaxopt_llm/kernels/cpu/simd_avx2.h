@@ -42,6 +42,11 @@ inline __m256 widen_bf16(const uint16_t* p) {
 }
 inline F32 load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
 
+inline F32 load_once(const float* p) {
+  F32 x = load(p);
+  asm("" : "+x"(x.a), "+x"(x.b));
+  return x;
+}
 inline __m256 widen_i8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }

@@ -37,6 +37,12 @@ inline F32 load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 
+// As `load`; the compiler does not load again at each use.
+inline F32 load_once(const float* p) {
+  F32 x = load(p);
+  asm("" : "+v"(x));
+  return x;
+}
 inline F32 load_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }

@@ -70,6 +70,7 @@ inline F32 load_bf16(const uint16_t* p) {
   return lanes<F32>([=](int i) { return from_bits(uint32_t{p[i]} << 16); });
 }
 
+inline F32 load_once(const float* p) { return load(p); }
 inline F32 load_i8(const int8_t* p) {
   return lanes<F32>([=](int i) { return static_cast<float>(p[i]); });
 }
