@@ -2,10 +2,11 @@
 
     python -m benchmarks.cpu_attention [--dtypes=float32,bfloat16,int8] [--repeats=7]
 
-One program runs every layer of a model one after another, each over pages of its own, so that keys and values come
-from where a real step finds them. `us`: median of a layer; `gb_per_s`: bytes of keys and values that it reads by that
-time; `of_bandwidth`: against two threads of NumPy that read as many bytes as all layers hold. Prints a line a case,
-then one JSON object, which it also writes into benchmarks/results/. Takes two minutes on two cores.
+One program runs several steps of every layer of a model one after another, each layer over pages of its own, so that
+keys and values come from where a real step finds them. `us`: median of a layer; `gb_per_s`: bytes of keys and values
+that it reads by that time; `of_bandwidth`: against two threads of NumPy that read as many bytes as all layers hold.
+Prints a line a case, then one JSON object, which it also writes into benchmarks/results/. Takes two minutes on two
+cores.
 """
 
 import concurrent.futures
@@ -63,20 +64,28 @@ def measure(
     cache = tuple(jax.tree.map(fill, pages()) for _ in range(layers))
     q, k, v = (jnp.ones((slots * tokens, n, width)) for n in (heads, kv_heads, kv_heads))
 
+    steps = max(1, 10**8 // (layers * slots * tokens * context * heads * width))
+
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(cache: tuple[Pages, ...], q: jax.Array, batch: Batch) -> tuple[tuple[Pages, ...], jax.Array]:
-        written = []
-        for layer in cache:
-            q, layer = attention(q, k, v, batch, layer, spec)
-            written.append(layer)
-        return tuple(written), q
+    def run(cache: tuple[Pages, ...], q: jax.Array, batch: Batch) -> tuple[tuple[Pages, ...], jax.Array]:
+        def step(
+            _: jax.Array, carry: tuple[tuple[Pages, ...], jax.Array]
+        ) -> tuple[tuple[Pages, ...], jax.Array]:
+            cache, q = carry
+            written = []
+            for layer in cache:
+                q, layer = attention(q, k, v, batch, layer, spec)
+                written.append(layer)
+            return tuple(written), q
+
+        return jax.lax.fori_loop(0, steps, step, (cache, q))
 
     def once() -> None:
         nonlocal cache
-        cache, out = step(cache, q, batch)
+        cache, out = run(cache, q, batch)
         out.block_until_ready()
 
-    seconds = median(once) / layers
+    seconds = median(once) / (layers * steps)
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(cache[0])) * context / (each * _PAGE_SIZE)
     result: dict[str, Any] = {"dtype": dtype, "slots": slots, "context": context, "tokens": tokens}
     result["us"] = round(seconds * 1e6, 1)
@@ -106,17 +115,13 @@ def _batch(slots: int, context: int, tokens: int, table: jax.Array) -> Batch:
 
 
 def median(run: Callable[[], None]) -> float:
-    """Seconds of one call, of enough calls in a row that each sample takes some milliseconds."""
+    """Seconds of a call."""
     run()
-    start = time.perf_counter()
-    run()
-    count = max(1, int(0.02 / (time.perf_counter() - start)))
     samples = []
     for _ in range(_REPEATS.value):
         start = time.perf_counter()
-        for _ in range(count):
-            run()
-        samples.append((time.perf_counter() - start) / count)
+        run()
+        samples.append(time.perf_counter() - start)
     return statistics.median(samples)
 
 

@@ -132,12 +132,11 @@ inline Range seen(const AttentionArgs& args, int64_t first_position, int64_t las
           static_cast<size_t>(clamp(args.end_key(last_position) - start, 0, kKeys))};
 }
 
-// Lanes of `x` that lie in the range, `other` in the rest; lane 0 is the range's `first`.
-inline F32 within(Range range, size_t first, F32 x, F32 other) {
-  const int64_t from = first, begin = range.begin, end = range.end;
-  if (begin <= from && from + static_cast<int64_t>(kLanes) <= end) return x;
-  return simd::keep(x, static_cast<int>(clamp(begin - from, 0, kLanes)), static_cast<int>(clamp(end - from, 0, kLanes)),
-                    other);
+// Lanes of `x`, the group's, that lie in the range; `other` in the rest.
+inline F32 within(Range range, size_t group, F32 x, F32 other) {
+  const int64_t first = group * kGroup, begin = range.begin, end = range.end;
+  return simd::keep(x, static_cast<int>(clamp(begin - first, 0, kGroup)),
+                    static_cast<int>(clamp(end - first, 0, kGroup)), other);
 }
 
 // scores[query][key]: products of scaled queries [width][kRows] with the groups of keys that the range touches.
@@ -183,32 +182,41 @@ inline F32 tanh(F32 x) {
   return simd::sub(simd::mul(simd::broadcast(2.0f), sigmoid(simd::add(x, x))), simd::broadcast(1.0f));
 }
 
+// Calls `use(group)` for every group of a block.
+template <class Use>
+inline void each_group(Use use) {
+  JAXOPT_UNROLL
+  for (size_t group = 0; group < kGroups; ++group) use(group);
+}
+
 // One query's scores become weights, relative to the largest.
 template <class T>
 inline void soften(const AttentionArgs& args, const Block<T>& block, Range range, float* scores, Part part) {
-  const F32 cap = simd::broadcast(args.softcap), inverse_cap = simd::broadcast(1.0f / args.softcap);
-  F32 score[kGroups], top = simd::broadcast(kUnseen);
-  JAXOPT_UNROLL
-  for (size_t g = 0; g < kGroups; ++g) {
-    F32 x = simd::load(scores + g * kGroup);
-    if (block.key_scales[g] != nullptr) x = simd::mul(x, simd::load(block.key_scales[g]));
-    if (args.softcap > 0.0f) x = simd::mul(cap, tanh(simd::mul(x, inverse_cap)));
-    score[g] = within(range, g * kGroup, x, simd::broadcast(kUnseen));
-    top = simd::max(top, score[g]);
+  const bool all = range.begin == 0 && range.end == kKeys, scaled = args.type == PageType::kI8;
+  F32 x[kGroups];
+  each_group([&](size_t g) { x[g] = simd::load(scores + g * kGroup); });
+  if (scaled) each_group([&](size_t g) { x[g] = simd::mul(x[g], simd::load(block.key_scales[g])); });
+  if (args.softcap > 0.0f) {
+    const F32 cap = simd::broadcast(args.softcap), inverse = simd::broadcast(1.0f / args.softcap);
+    each_group([&](size_t g) { x[g] = simd::mul(cap, tanh(simd::mul(x[g], inverse))); });
   }
+  if (!all) each_group([&](size_t g) { x[g] = within(range, g, x[g], simd::broadcast(kUnseen)); });
+
+  F32 top = x[0];
+  each_group([&](size_t g) { top = simd::max(top, x[g]); });
   part.top() = simd::reduce_max(top);
+  const F32 unit = simd::broadcast(part.top());
+  each_group([&](size_t g) { x[g] = exp(simd::sub(x[g], unit)); });
+  if (!all) each_group([&](size_t g) { x[g] = within(range, g, x[g], simd::zero()); });
   F32 sum = simd::zero();
-  JAXOPT_UNROLL
-  for (size_t g = 0; g < kGroups; ++g) {
-    F32 weight = exp(simd::sub(score[g], simd::broadcast(part.top())));
-    weight = within(range, g * kGroup, weight, simd::zero());
-    sum = simd::add(sum, weight);
-    if (block.value_scales[g] != nullptr) {
-      weight = within(range, g * kGroup, simd::mul(weight, simd::load(block.value_scales[g])), simd::zero());
-    }
-    simd::store(scores + g * kGroup, weight);
-  }
+  each_group([&](size_t g) { sum = simd::add(sum, x[g]); });
   simd::store(part.sums(), sum);
+
+  if (scaled) {
+    each_group([&](size_t g) { x[g] = simd::mul(x[g], simd::load(block.value_scales[g])); });
+    if (!all) each_group([&](size_t g) { x[g] = within(range, g, x[g], simd::zero()); });
+  }
+  each_group([&](size_t g) { simd::store(scores + g * kGroup, x[g]); });
 }
 
 // out[query][features]: `kWide` vectors of features, from `first` on.
