@@ -2,6 +2,8 @@
 #pragma once
 
 #include "attention.h"
+#include "linear_kernel.h"
+#include "store_floats.h"
 
 namespace {
 
@@ -26,13 +28,6 @@ inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 // ---- writing -------------------------------------------------------------------------------------------------------
-
-inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // half to even
-}
 
 inline void convert(float x, float* to) { *to = x; }
 inline void convert(float x, uint16_t* to) { *to = to_bf16(x); }
@@ -317,13 +312,6 @@ inline void merge(Part into, Part from) {
     simd::store(into.out + i, simd::fma(simd::load(from.out + i), fresh, before));
   }
   into.top() = gain > 0.0f ? from.top() : into.top();
-}
-
-inline void store_floats(void* to, jaxopt::FloatType type, size_t at, F32 x) {
-  if (type == jaxopt::FloatType::kF32) return simd::store(static_cast<float*>(to) + at, x);
-  float lanes[kLanes];
-  simd::store(lanes, x);
-  for (size_t i = 0; i < kLanes; ++i) static_cast<uint16_t*>(to)[at + i] = to_bf16(lanes[i]);
 }
 
 // A row's result: its sum of values over its sum of weights. A row that saw nothing is zero.
