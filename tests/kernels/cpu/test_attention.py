@@ -340,3 +340,13 @@ def test_heads_shared_out_by_shard_map():
         out_specs=(heads, heads),
     )
     np.testing.assert_array_equal(jax.jit(shards)(q, k, v, batch, pages)[0], whole)
+
+
+def test_shapes_that_do_not_go_together_are_refused():
+    pages = init_pages(1, 16, 2, 32, jnp.float32, kernel=True)
+    batch = ragged([(0, 0)], jnp.zeros((1, 1, 1), jnp.int32))
+    zeros = lambda heads, width=32: jnp.zeros((1, heads, width))
+    with pytest.raises(ValueError, match="cannot keep keys"):
+        attention(zeros(4), zeros(4), zeros(4), batch, pages, PLAIN)
+    with pytest.raises(ValueError, match="do not go with keys"):
+        attention(zeros(3), zeros(2), zeros(2), batch, pages, PLAIN)
