@@ -1,17 +1,17 @@
 """Speed of the CPU attention kernel: decode against the machine's read bandwidth, prefill in GFLOP/s.
 
     python -m benchmarks.cpu_attention [--dtypes=float32,bfloat16,int8] [--repeats=7]
+    JAXOPT_CPU_THREADS=1 python -m benchmarks.cpu_attention --clock=cpu       on a machine that others use
 
 One program runs several steps of every layer of a model one after another, each layer over pages of its own, so that
 keys and values come from where a real step finds them. `us`: median of a layer; `gb_per_s`: bytes of keys and values
-that it reads by that time; `of_bandwidth`: against two threads of NumPy that read as many bytes as all layers hold.
+that it reads by that time; `of_bandwidth`: against NumPy on as many threads, reading as many bytes as all layers hold.
 Prints a line a case, then one JSON object, which it also writes into benchmarks/results/. Takes two minutes on two
 cores.
 """
 
 import concurrent.futures
 import functools
-import os
 import statistics
 import sys
 import time
@@ -31,6 +31,7 @@ from jaxopt_llm.models import Batch
 
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16", "int8"], "What pages keep.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each case.", lower_bound=1)
+_CLOCK = flags.DEFINE_enum("clock", "wall", ["wall", "cpu"], "What seconds are: passed, or of processors.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["128", "512", "1024", "4096"], "Context lengths of decoding.")
 
 _MODELS = {"smollm2-135m": (9, 3, 64, 30), "llama-8b layers": (32, 8, 128, 4)}  # N, K, H, L
@@ -116,27 +117,28 @@ def _batch(slots: int, context: int, tokens: int, table: jax.Array) -> Batch:
 
 def median(run: Callable[[], None]) -> float:
     """Seconds of a call."""
+    clock = time.perf_counter if _CLOCK.value == "wall" else time.process_time
     run()
     samples = []
     for _ in range(_REPEATS.value):
-        start = time.perf_counter()
+        start = clock()
         run()
-        samples.append(time.perf_counter() - start)
+        samples.append(clock() - start)
     return statistics.median(samples)
 
 
 @functools.cache
 def read_bandwidth(size: int) -> float:
-    """Bytes a second that all cores read together, of `size` bytes again and again."""
-    cores = len(os.sched_getaffinity(0))
-    parts = np.array_split(np.ones(max(size, 2**20) // 4, np.float32), cores)
+    """Bytes a second that the threads read together, of `size` bytes again and again."""
+    threads = library.load().jaxopt_threads()
+    parts = np.array_split(np.ones(max(size, 2**20) // 4, np.float32), threads)
     passes = max(1, 2**28 // size)
 
     def read(part: np.ndarray) -> None:
         for _ in range(passes):
             part.max()
 
-    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         seconds = median(lambda: [None for _ in pool.map(read, parts)] and None)
     return sum(part.nbytes for part in parts) * passes / seconds
 

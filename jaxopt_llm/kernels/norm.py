@@ -4,9 +4,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from jaxopt_llm.kernels.cpu import normalise
 
-def rms_norm(x: Float[Array, "*B D"], gain: Float[Array, "D"], *, eps: float) -> Float[Array, "*B D"]:
-    """`x / sqrt(mean(x**2) + eps) * gain` (arXiv:1910.07467), computed in float32, in the dtype of `x`."""
+
+def rms_norm(
+    x: Float[Array, "*B D"], gain: Float[Array, "D"], *, eps: float, kernel: bool = False
+) -> Float[Array, "*B D"]:
+    """`x / sqrt(mean(x**2) + eps) * gain` (arXiv:1910.07467), computed in float32, in the dtype of `x`.
+
+    With `kernel` the platform's own kernel runs where there is one (CPU; width a multiple of 16): XLA sums a
+    row in another order beside other rows, the kernel does not. No gradients; for programs of one device and
+    the body of a `shard_map`.
+    """
+    if kernel and normalise.fits(x):
+        return normalise.normalise(x, gain, eps=eps)
     wide = x.astype(jnp.float32)
     normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (normal * per_feature(gain.astype(jnp.float32), x)).astype(x.dtype)

@@ -32,8 +32,12 @@ def attend(
     A row of the result has the same bits whatever rows stand beside it, however its sequence was cut into
     batches, whatever the page size and however many threads work. Padding gives zeros. Pages are updated
     in place where the caller's program owns them.
+
+    Raises:
+      ValueError: if the heads or widths do not go together.
     """
     library.load()
+    _check(q, k, pages)
     dtype = q.dtype if q.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
     stores = (pages.k, pages.v, _or_empty(pages.k_scale), _or_empty(pages.v_scale))
     same = lambda a, dtype: jax.ShapeDtypeStruct(a.shape, dtype)
@@ -59,6 +63,14 @@ def attend(
     if pages.k_scale is not None:
         pages = dataclasses.replace(pages, k_scale=k_scale, v_scale=v_scale)
     return out.astype(q.dtype), pages
+
+
+def _check(q: Array, k: Array, pages: Pages) -> None:
+    heads, width = pages.v.shape[1], pages.v.shape[3]
+    if k.shape[1:] != (heads, width):
+        raise ValueError(f"pages of {heads} heads of width {width} cannot keep keys {k.shape[1:]}")
+    if q.shape[1] % heads or q.shape[2] != width:
+        raise ValueError(f"queries {q.shape[1:]} do not go with keys {k.shape[1:]}")
 
 
 def _or_empty(a: Array | None) -> Array:

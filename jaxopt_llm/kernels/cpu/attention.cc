@@ -19,6 +19,8 @@ namespace ffi = xla::ffi;
 constexpr size_t kWriteAlone = 1 << 14;   // values that are not worth a second thread
 constexpr size_t kAttendAlone = 1 << 15;  // multiplications likewise
 constexpr size_t kLeastBlocks = 2;        // that are worth a chunk of their own
+constexpr size_t kChunksPerThread = 4;
+constexpr size_t kSplitRows = kRunRows / 4;  // most queries whose blocks are shared out
 
 constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -65,65 +67,64 @@ Work whole(const AttentionArgs& args, const Run& run, size_t head) {
   return {run, head, first, first_key < end_key ? ceil_div(end_key, kKeys) : first, nullptr};
 }
 
-void attend(const AttentionKernels& kernels, const AttentionArgs& args) {
-  thread_local Scratch part_memory;
-  const size_t group = args.queries_per_head(), size = part_size(args);
-  const size_t most = std::max<size_t>(1, kRunRows / group);
-  const std::vector<Run> runs = find_runs(args, most);
-
-  size_t blocks = 0, products = 0;
+// Later runs of a prompt see more keys: the longest work comes first.
+std::vector<Work> all_work(const AttentionArgs& args) {
+  const std::vector<Run> runs = find_runs(args, std::max<size_t>(1, kRunRows / args.queries_per_head()));
   std::vector<Work> works;
   works.reserve(runs.size() * args.heads);
-  // Later runs of a prompt see more keys: the longest work comes first.
   for (auto run = runs.rbegin(); run != runs.rend(); ++run) {
-    for (size_t head = 0; head < args.heads; ++head) {
-      works.push_back(whole(args, *run, head));
-      const size_t count = works.back().end_block - works.back().first_block;
-      blocks += count;
-      products += count * run->count;
-    }
+    for (size_t head = 0; head < args.heads; ++head) works.push_back(whole(args, *run, head));
   }
-  const bool alone = products * kKeys * group * args.width <= kAttendAlone;
+  return works;
+}
 
-  // Where there are few runs, as when one slot decodes, their blocks are shared out too.
-  const size_t threads = num_threads();
-  const size_t chunk = std::max(kLeastBlocks, ceil_div(blocks, 4 * threads));
-  std::vector<Work> split;   // whose parts are to be merged
-  std::vector<Work> chunks;  // everything, as the threads take it
+// The same work as threads take it. Where there is little of it, as when one slot decodes, the blocks of short runs are
+// shared out too, and what they give is merged when all are done.
+struct Plan {
+  std::vector<Work> chunks, merges;
+};
+
+Plan share_out(const AttentionArgs& args, const std::vector<Work>& works, size_t threads, Scratch& memory) {
+  size_t blocks = 0;
+  for (const Work& work : works) blocks += work.blocks();
+  const size_t chunk = threads == 1 ? blocks : std::max(kLeastBlocks, ceil_div(blocks, kChunksPerThread * threads));
+  const auto rows = [&](const Work& work) { return work.run.count * args.queries_per_head(); };
+  const auto is_split = [&](const Work& work) { return work.blocks() > chunk && rows(work) <= kSplitRows; };
+
   size_t floats = 0;
-  const auto worth = [&](const Work& work) {
-    return !alone && threads > 1 && work.run.count * group <= kRunRows / 4 && work.end_block - work.first_block > chunk;
-  };
+  for (const Work& work : works) floats += is_split(work) ? work.blocks() * rows(work) * part_size(args) : 0;
+  float* parts = reinterpret_cast<float*>(memory.reserve(floats * sizeof(float)));
+  Plan plan;
   for (const Work& work : works) {
-    if (worth(work)) floats += (work.end_block - work.first_block) * work.run.count * group * size;
-  }
-  float* parts = reinterpret_cast<float*>(part_memory.reserve(floats * sizeof(float)));
-  for (const Work& work : works) {
-    if (!worth(work)) {
-      chunks.push_back(work);
+    if (!is_split(work)) {
+      plan.chunks.push_back(work);
       continue;
     }
-    split.push_back(work);
-    split.back().parts = parts;
-    for (size_t block = work.first_block; block < work.end_block; block += chunk) {
-      const size_t end = std::min(block + chunk, work.end_block);
-      chunks.push_back({work.run, work.head, block, end, parts});
-      parts += (end - block) * work.run.count * group * size;
+    plan.merges.push_back({work.run, work.head, work.first_block, work.end_block, parts});
+    for (size_t first = work.first_block; first < work.end_block; first += chunk) {
+      plan.chunks.push_back({work.run, work.head, first, std::min(first + chunk, work.end_block), parts});
+      parts += plan.chunks.back().blocks() * rows(work) * part_size(args);
     }
   }
+  return plan;
+}
 
-  const auto memory = [&] {
-    thread_local Scratch scratch;
-    return scratch.reserve(kernels.scratch(args));
+void attend(const AttentionKernels& kernels, const AttentionArgs& args) {
+  const auto scratch = [&] {
+    thread_local Scratch memory;
+    return memory.reserve(kernels.scratch(args));
   };
-  const auto run_chunk = [&](size_t index) { kernels.attend(args, chunks[index], memory()); };
-  const auto run_finish = [&](size_t index) { kernels.finish(args, split[index], memory()); };
-  if (alone) {
-    for (size_t index = 0; index < chunks.size(); ++index) run_chunk(index);
+  const std::vector<Work> works = all_work(args);
+  size_t products = 0;
+  for (const Work& work : works) products += work.blocks() * kKeys * work.run.count * args.queries_per_head() * args.width;
+  if (products <= kAttendAlone) {
+    for (const Work& work : works) kernels.attend(args, work, scratch());
     return;
   }
-  parallel_for(chunks.size(), run_chunk);
-  parallel_for(split.size(), run_finish);
+  thread_local Scratch part_memory;
+  const Plan plan = share_out(args, works, num_threads(), part_memory);
+  parallel_for(plan.chunks.size(), [&](size_t index) { kernels.attend(args, plan.chunks[index], scratch()); });
+  parallel_for(plan.merges.size(), [&](size_t index) { kernels.finish(args, plan.merges[index], scratch()); });
 }
 
 Floats floats(const ffi::AnyBuffer& buffer) {

@@ -74,6 +74,8 @@ struct Work {
   size_t head;
   size_t first_block, end_block;
   float* parts;  // takes the part of each block, to be merged later; or null: they are merged and finished at once
+
+  size_t blocks() const { return end_block - first_block; }
 };
 
 // The part that is compiled for each instruction set.

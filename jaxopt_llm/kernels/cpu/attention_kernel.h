@@ -2,6 +2,8 @@
 #pragma once
 
 #include "attention.h"
+#include "linear_kernel.h"
+#include "store_floats.h"
 
 namespace {
 
@@ -26,13 +28,6 @@ inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 // ---- writing -------------------------------------------------------------------------------------------------------
-
-inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // half to even
-}
 
 inline void convert(float x, float* to) { *to = x; }
 inline void convert(float x, uint16_t* to) { *to = to_bf16(x); }
@@ -279,11 +274,14 @@ template <class T, size_t kRows>
 void tile(const Rows& rows, const Block<T>& block, size_t first, const float* queries, float* parts) {
   const AttentionArgs& args = rows.args;
   const size_t stride = part_size(args);
-  const Range range = rows.seen(first, first + kRows - 1, block.start);
+  const size_t last = first + kRows - 1;
+  const Range range = rows.seen(first, last, block.start);
+  // The first row is the last to see a key, and the last row the first to lose sight of one.
+  const bool all = rows.seen(first, first, block.start).end == kKeys && rows.seen(last, last, block.start).begin == 0;
   alignas(64) float scores[kRows * kKeys];
   score<T, kRows>(args, block, queries, range, scores);
   for (size_t r = 0; r < kRows; ++r) {
-    const Range own = rows.seen(first + r, first + r, block.start);
+    const Range own = all ? Range{0, kKeys} : rows.seen(first + r, first + r, block.start);
     soften(args, block, own, scores + r * kKeys, Part{parts + r * stride, args.width});
   }
   size_t feature = 0;
@@ -307,23 +305,21 @@ void tile(const Rows& rows, const Block<T>& block, size_t first, size_t height, 
   }
 }
 
-// Adds what later keys gave to what earlier ones did. The larger of both scores stays the unit of weights.
-inline void merge(Part into, Part from) {
-  const float gain = from.top() - into.top();
-  const F32 factor = exp(simd::broadcast(gain > 0.0f ? -gain : gain));
-  const F32 one = simd::broadcast(1.0f), old = gain > 0.0f ? factor : one, fresh = gain > 0.0f ? one : factor;
-  for (size_t i = 0; i < into.width + kGroup; i += kLanes) {
-    const F32 before = simd::mul(simd::load(into.out + i), old);
-    simd::store(into.out + i, simd::fma(simd::load(from.out + i), fresh, before));
+// Adds what later keys gave rows to what earlier ones did. The larger of both scores stays the unit of weights.
+inline void merge(float* into, const float* from, size_t rows, size_t width, size_t stride) {
+  const size_t size = width + kGroup, top = size;  // see Part
+  float gain[kLanes] = {}, factor[kLanes];
+  for (size_t r = 0; r < rows; ++r) gain[r] = from[r * stride + top] - into[r * stride + top];
+  const F32 gains = simd::load(gain);
+  simd::store(factor, exp(simd::min(gains, simd::sub(simd::zero(), gains))));
+  for (size_t r = 0; r < rows; ++r, into += stride, from += stride) {
+    const bool gained = gain[r] > 0.0f;
+    const F32 old = simd::broadcast(gained ? factor[r] : 1.0f), fresh = simd::broadcast(gained ? 1.0f : factor[r]);
+    for (size_t i = 0; i < size; i += kLanes) {
+      simd::store(into + i, simd::fma(simd::load(from + i), fresh, simd::mul(simd::load(into + i), old)));
+    }
+    if (gained) into[top] = from[top];
   }
-  into.top() = gain > 0.0f ? from.top() : into.top();
-}
-
-inline void store_floats(void* to, jaxopt::FloatType type, size_t at, F32 x) {
-  if (type == jaxopt::FloatType::kF32) return simd::store(static_cast<float*>(to) + at, x);
-  float lanes[kLanes];
-  simd::store(lanes, x);
-  for (size_t i = 0; i < kLanes; ++i) static_cast<uint16_t*>(to)[at + i] = to_bf16(lanes[i]);
 }
 
 // A row's result: its sum of values over its sum of weights. A row that saw nothing is zero.
@@ -443,10 +439,7 @@ void attend_block(const Rows& rows, const Block<T>& block, size_t index, const S
   each_tile(rows, block, scratch.queries, [&](size_t first, size_t height, auto compute) {
     if (rows.work.parts != nullptr) return compute(rows.work.parts + (index * rows.count() + first) * stride);
     compute(scratch.fresh);
-    for (size_t r = 0; r < height; ++r) {
-      merge(Part{scratch.merged + (first + r) * stride, rows.args.width},
-            Part{scratch.fresh + r * stride, rows.args.width});
-    }
+    merge(scratch.merged + first * stride, scratch.fresh, height, rows.args.width, stride);
   });
 }
 
@@ -492,8 +485,8 @@ void finish(const AttentionArgs& args, const Work& work, void* memory) {
   for (size_t row = 0; row < rows.count(); ++row) {
     const Part merged{scratch.merged, args.width};
     merged.clear();
-    for (size_t block = 0; block < work.end_block - work.first_block; ++block) {
-      merge(merged, Part{work.parts + (block * rows.count() + row) * stride, args.width});
+    for (size_t block = 0; block < work.blocks(); ++block) {
+      merge(merged.out, work.parts + (block * rows.count() + row) * stride, 1, args.width, stride);
     }
     finish_row(rows, row, merged);
   }

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "norm.h"
 
 namespace jaxopt {
 
@@ -10,6 +11,7 @@ struct Kernels {
   const char* name;
   LinearKernels linear;
   AttentionKernels attention;
+  NormKernels norm;
 };
 
 // Null where this machine cannot run it, or it was not built.

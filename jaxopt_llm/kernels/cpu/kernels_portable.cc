@@ -5,13 +5,14 @@
 // The kernels follow their vectors.
 #include "linear_kernel.h"
 #include "attention_kernel.h"
+#include "norm_kernel.h"
 
 #include "kernels.h"
 
 namespace jaxopt {
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels = {simd::kName, linear_kernels(), attention_kernels()};
+  static const Kernels kernels = {simd::kName, linear_kernels(), attention_kernels(), norm_kernels()};
   return &kernels;
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 _FILE = Path(__file__).with_name("libjaxopt_cpu.so")
-_HANDLERS = ("jaxopt_linear", "jaxopt_attention")
+_HANDLERS = ("jaxopt_linear", "jaxopt_attention", "jaxopt_rms_norm")
 
 
 @functools.cache

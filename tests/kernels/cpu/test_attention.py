@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxopt_llm.kernels import AttentionSpec, attention, init_pages
 from jaxopt_llm.kernels.cpu import library
-from jaxopt_llm.models import Batch
+from jaxopt_llm.models import Batch, ModelConfig, Transformer, init_cache
+from jaxopt_llm.models.config import Rope
+
+P = jax.sharding.PartitionSpec
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="the library was not built: no C++ compiler")
 ISAS = library.supported() if library.load() else []
@@ -300,3 +304,49 @@ def test_pages_without_a_kernel():
     ):
         assert not pages.kernel
         assert pages.k.shape == pages.v.shape == (3, pages.k.shape[1], 2, pages.k.shape[3])
+
+
+def test_a_model_decodes_over_kernel_pages():
+    """Prompt, then token by token: the logits of the whole sequence at once."""
+    config = ModelConfig(
+        family="gemma2", vocab_size=61, d_model=24, d_ff=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+        max_seq_len=64, windows=(None, 5), rope=Rope(), attention_softcap=5.0,
+    )  # fmt: skip
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 20))
+    table = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32).reshape(2, 2), (len(config.window_kinds), 2, 2))
+    cache = init_cache(config, 4, 16, jnp.float32, kernel=True)
+    hidden, cache = model.forward(Batch.dense(jnp.asarray(tokens[:, :15]), page_table=table), cache)
+    logits = [model.logits(hidden).reshape(2, 15, -1)]
+    for position in range(15, 20):
+        batch = Batch.decode(jnp.asarray(tokens[:, position]), jnp.full(2, position, jnp.int32), table)
+        hidden, cache = model.forward(batch, cache)
+        logits.append(model.logits(hidden)[:, None])
+    np.testing.assert_allclose(jnp.concatenate(logits, axis=1), model(tokens), atol=2e-5)
+
+
+def test_heads_shared_out_by_shard_map():
+    """Each device has its own heads, of queries and of pages."""
+    shape = Shape(heads=8, kv_heads=4)
+    q, k, v = (jnp.asarray(x) for x in shape.sequences()[0])
+    batch = ragged([(0, p) for p in range(150)], jnp.arange(10, dtype=jnp.int32).reshape(1, 1, 10))
+    pages = init_pages(10, 16, 4, 32, jnp.float32, kernel=True)
+    whole, _ = attend(q, k, v, batch, pages, spec=PLAIN)
+    heads = P(None, "tensor")  # the second axis, of pages too
+    shards = jax.shard_map(
+        lambda q, k, v, batch, pages: attention(q, k, v, batch, pages, PLAIN),
+        mesh=jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=(heads, heads, heads, P(), heads),
+        out_specs=(heads, heads),
+    )
+    np.testing.assert_array_equal(jax.jit(shards)(q, k, v, batch, pages)[0], whole)
+
+
+def test_shapes_that_do_not_go_together_are_refused():
+    pages = init_pages(1, 16, 2, 32, jnp.float32, kernel=True)
+    batch = ragged([(0, 0)], jnp.zeros((1, 1, 1), jnp.int32))
+    zeros = lambda heads, width=32: jnp.zeros((1, heads, width))
+    with pytest.raises(ValueError, match="cannot keep keys"):
+        attention(zeros(4), zeros(4), zeros(4), batch, pages, PLAIN)
+    with pytest.raises(ValueError, match="do not go with keys"):
+        attention(zeros(3), zeros(2), zeros(2), batch, pages, PLAIN)
