@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxopt_llm.evaluate.windows import Ids, Windows, check_sizes, cut
-from jaxopt_llm.models import Batch, Transformer
+from jaxopt_llm.models import Batch, Transformer, as_run
 from jaxopt_llm.text import Tokenizer
 
 _LOGITS = 2**24  # of each model held at once: 64 MB in float32
@@ -152,7 +152,7 @@ class _Scores:
 
 def _run(models: Sequence[Transformer], plan: Windows, progress: Progress | None) -> Any:
     """`_Scores` of NumPy arrays `[W, T]`, a window at a time."""
-    graphs, params = zip(*(nnx.split(model) for model in models), strict=True)
+    graphs, params = zip(*(nnx.split(as_run(model)) for model in models), strict=True)
     rows: list[_Scores] = []
     for tokens in plan.tokens:
         rows.append(jax.device_get(_score(graphs, params, tokens)))

@@ -4,7 +4,7 @@ from jaxopt_llm.models.batch import Batch, Cache, init_cache
 from jaxopt_llm.models.captured import Captured, capture
 from jaxopt_llm.models.config import Experts, ModelConfig, Rope
 from jaxopt_llm.models.layers import flat_params, weights
-from jaxopt_llm.models.packed import packed
+from jaxopt_llm.models.packed import as_run, packed
 from jaxopt_llm.models.params import (
     ParamSpec,
     abstract,
@@ -32,6 +32,7 @@ __all__ = [
     "Transformer",
     "abstract",
     "apply",
+    "as_run",
     "capture",
     "flat_params",
     "from_params",

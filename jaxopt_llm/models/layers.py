@@ -102,10 +102,11 @@ class Norm(nnx.Module):
     ):
         self.weight = parameter(rngs, (width,), axes, dtype, fill=1.0 - offset)
         self.eps, self.offset = eps, offset
+        self.kernel = False  # of a packed model: rows that do not depend on their number
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         gain = self.weight.get_value().astype(jnp.float32) + self.offset
-        return kernels.rms_norm(x, gain, eps=self.eps)
+        return kernels.rms_norm(x, gain, eps=self.eps, kernel=self.kernel)
 
 
 def flat_params(module: nnx.Module) -> dict[str, Any]:

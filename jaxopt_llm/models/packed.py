@@ -9,8 +9,14 @@ from flax import nnx
 
 from jaxopt_llm import kernels
 from jaxopt_llm.kernels import Packed, Weight
-from jaxopt_llm.models.layers import Fused, Linear, Norm
+from jaxopt_llm.models.layers import Fused, Linear, Norm, weights
 from jaxopt_llm.models.transformer import Layer, Transformer
+
+
+def as_run(model: Transformer) -> Transformer:
+    """The model as the engine runs it: packed on one device; on a mesh as it is, to be partitioned by XLA."""
+    devices = {device for leaf in jax.tree.leaves(weights(model)) for device in leaf.devices()}
+    return packed(model) if len(devices) == 1 else model
 
 
 def packed(model: Transformer) -> Transformer:
@@ -24,6 +30,9 @@ def packed(model: Transformer) -> Transformer:
         _pack_attention(layer)
         if hasattr(layer, "mlp"):
             _pack_mlp(layer)
+    for _, part in nnx.iter_modules(model):
+        if isinstance(part, Norm):
+            part.kernel = True
     top = model.embed if model.config.tied else model.head
     top.weight = nnx.Param(_pack(top.weight.get_value()))
     return model

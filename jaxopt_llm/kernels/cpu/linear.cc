@@ -1,11 +1,9 @@
 // The XLA call `jaxopt_linear`: shares the work of one product among the threads.
 #include "linear.h"
 
-#include <cstdlib>
-#include <new>
-
 #include "kernels.h"
 #include "pool.h"
+#include "scratch.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxopt {
@@ -19,29 +17,6 @@ constexpr size_t kChunkBytes = 1 << 15;     // weights that a thread takes at on
 constexpr size_t kChunkInputs = 1 << 19;    // activations that its second-level cache has room for
 
 constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-
-// A thread's memory for prepared activations; it grows and is kept.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-
-  char* reserve(size_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = ceil_div(bytes, 4096) * 4096;
-      data_ = static_cast<char*>(std::aligned_alloc(64, size_));
-      if (data_ == nullptr) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return data_;
-  }
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 Tiles make_tiles(const LinearArgs& args) {
   thread_local Scratch scratch;
