@@ -101,12 +101,16 @@ class Norm(nnx.Module):
         self, width: int, *, axes: Axes = (None,), eps: float, offset: float, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         self.weight = parameter(rngs, (width,), axes, dtype, fill=1.0 - offset)
-        self.eps, self.offset = eps, offset
+        self.width, self.eps, self.offset = width, eps, offset
         self.kernel = False  # of a packed model: rows that do not depend on their number
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         gain = self.weight.get_value().astype(jnp.float32) + self.offset
-        return kernels.rms_norm(x, gain, eps=self.eps, kernel=self.kernel)
+        if x.shape[-1] == self.width:
+            return kernels.rms_norm(x, gain, eps=self.eps, kernel=self.kernel)
+        wide = x.astype(jnp.float32)  # a shard's part of the width: the mean is over all parts
+        mean = sharding.psum(jnp.sum(wide * wide, axis=-1, keepdims=True), "tensor") / self.width
+        return (wide * jax.lax.rsqrt(mean + self.eps) * kernels.per_feature(gain, x)).astype(x.dtype)
 
 
 def flat_params(module: nnx.Module) -> dict[str, Any]:

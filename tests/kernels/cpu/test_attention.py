@@ -315,7 +315,7 @@ def test_a_model_decodes_over_kernel_pages():
     model = Transformer(config, rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 61, (2, 20))
     table = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32).reshape(2, 2), (len(config.window_kinds), 2, 2))
-    cache = init_cache(config, 4, 16, jnp.float32, kernel=True)
+    cache = init_cache(config, (4, 4), 16, jnp.float32, kernel=True)
     hidden, cache = model.forward(Batch.dense(jnp.asarray(tokens[:, :15]), page_table=table), cache)
     logits = [model.logits(hidden).reshape(2, 15, -1)]
     for position in range(15, 20):
