@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": ("jaxopt_llm.cli.evaluate", "perplexity of a model, and its distance to another"),
     "optimize": ("jaxopt_llm.cli.optimize", "make a model smaller and faster, and tell what that cost"),
     "convert": ("jaxopt_llm.cli.convert", "write a model in another format: orbax, hf, gguf"),
+    "bench engine": ("jaxopt_llm.cli.bench_engine", "time the engine on a model"),
     "inspect": ("jaxopt_llm.cli.inspect", "family, shapes and bytes of a model, without loading it"),
     "env": ("jaxopt_llm.cli.env", "versions, devices, kernels, caches"),
 }
@@ -63,15 +64,22 @@ def _dispatch(arguments: list[str]) -> None:
     match arguments:
         case [] | ["help"] | ["--help" | "-help" | "-h", *_]:
             print(_overview())
-        case ["help", name, *_]:
+        case ["help", *words]:
+            name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
             print(_help(name, _command(name)))
+        case [first, second, *rest] if f"{first} {second}" in COMMANDS:
+            _run(f"{first} {second}", rest)
         case [name, *rest]:
-            command = _command(name)
-            if any(argument in HELP for argument in itertools.takewhile("--".__ne__, rest)):
-                print(_help(name, command))
-            else:
-                _parse(name, _flags(command), rest)
-                command.main([f"jaxopt-llm {name}"])
+            _run(name, rest)
+
+
+def _run(name: str, rest: list[str]) -> None:
+    command = _command(name)
+    if any(argument in HELP for argument in itertools.takewhile("--".__ne__, rest)):
+        print(_help(name, command))
+    else:
+        _parse(name, _flags(command), rest)
+        command.main([f"jaxopt-llm {name}"])
 
 
 def _command(name: str) -> ModuleType:
@@ -135,7 +143,7 @@ def _required(values: flags.FlagValues, name: str) -> bool:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:10}{line}" for name, (_, line) in COMMANDS.items())
+    commands = "\n".join(f"  {name:14}{line}" for name, (_, line) in COMMANDS.items())
     return (
         "usage: jaxopt-llm COMMAND [--flags]\n\n"
         "Make language models smaller, faster and bigger than one chip, without leaving JAX.\n\n"

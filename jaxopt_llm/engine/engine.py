@@ -94,6 +94,7 @@ class Engine:
         processors: Sequence[Processor] = (),
     ):
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
+        self._dtype = model.dtype
         for processor in processors:
             _check(processor, model.config.vocab_size)
         sizes = config.scheduler(model.config)
@@ -176,6 +177,11 @@ class Engine:
         """
         config = dataclasses.replace(self.model_config, max_seq_len=self._loop.sizes.max_seq_len)
         return encode(prompt, self.tokenizer, config, room=room)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token adds while every layer still sees it."""
+        return self.model_config.kv_bytes_per_token(self.config.kv_dtype(self._dtype))
 
     def metrics(self) -> Metrics:
         """Requests and pages at this moment."""

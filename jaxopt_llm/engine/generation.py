@@ -68,7 +68,8 @@ class Generation:
         self._text = Detokenizer(tokenizer, prompt=prompt, stop=params.stop) if tokenizer else None
         self._pieces: list[str] = []
         self._shown = 0
-        self._start = self._first = self._last = start
+        self._start = start
+        self._times: list[float] = []
 
     @property
     def full(self) -> bool:
@@ -86,9 +87,7 @@ class Generation:
 
     def add(self, token: int, logprob: TokenLogprob | None, now: float) -> None:
         """Takes in the next token."""
-        if not self.tokens:
-            self._first = now
-        self._last = now
+        self._times.append(now)
         self.tokens.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
@@ -156,7 +155,8 @@ class Generation:
         return text
 
     def result(self) -> Result:
-        later = len(self.tokens) - 1
+        times = [(at - self._start) * 1e3 for at in self._times]
+        later = len(times) - 1
         return Result(
             text="".join(self._pieces),
             token_ids=self.tokens,
@@ -165,8 +165,9 @@ class Generation:
             cached_tokens=self.request.cached_tokens,
             logprobs=None if self.params.logprobs is None else self.logprobs,
             error=self.error,
-            ttft_ms=(self._first - self._start) * 1e3,
-            tpot_ms=(self._last - self._first) * 1e3 / later if later > 0 else None,
+            ttft_ms=times[0] if times else 0.0,
+            tpot_ms=(times[-1] - times[0]) / later if later > 0 else None,
+            token_ms=tuple(times),
         )
 
     def _say(self, text: str) -> None:

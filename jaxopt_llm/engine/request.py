@@ -29,6 +29,7 @@ class Result:
       error: what went wrong, where `finish_reason` says so.
       ttft_ms: from the call to the first token.
       tpot_ms: mean time between later tokens; None with fewer than two.
+      token_ms: when each token was there, from the call.
     """
 
     text: str
@@ -40,6 +41,7 @@ class Result:
     error: str | None
     ttft_ms: float
     tpot_ms: float | None
+    token_ms: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)

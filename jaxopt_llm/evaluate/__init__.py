@@ -1,17 +1,19 @@
 """Floor 5: how good a model is, with the error of the figure, and how fast."""
 
 from jaxopt_llm.evaluate.quality import Comparison, Perplexity, compare, perplexity
-from jaxopt_llm.evaluate.timing import Speed, check_lengths, speed
+from jaxopt_llm.evaluate.timing import Speed, Spread, check_lengths, read_bandwidth, speed
 from jaxopt_llm.evaluate.windows import check_sizes, check_text
 
 __all__ = [
     "Comparison",
     "Perplexity",
     "Speed",
+    "Spread",
     "check_lengths",
     "check_sizes",
     "check_text",
     "compare",
     "perplexity",
+    "read_bandwidth",
     "speed",
 ]

@@ -1,24 +1,52 @@
-"""Speed of a model on this machine."""
+"""Speed of a model on this machine, through the engine."""
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import Self
 
-from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
-from jaxopt_llm.models import Transformer
+import jax
+import jax.numpy as jnp
+
+from jaxopt_llm.engine import Engine, EngineConfig, Result, SamplingParams
+from jaxopt_llm.models import Transformer, num_bytes, weights
+
+_READ = 2**28  # bytes: more than any cache holds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A figure over repeats: its median, smallest and largest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        return cls(median=statistics.median(values), low=min(values), high=max(values))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What one sequence alone gets, medians over repeats.
+    """What sequences that start together get, over repeats.
 
     Attributes:
-      prefill_tokens_per_s: prompt tokens over the time to the first token.
-      decode_tokens_per_s: later tokens over the time they took.
+      prefill_tokens_per_s: tokens of all prompts over the time until every sequence has its first token.
+      decode_tokens_per_s: of all sequences together, while all of them decode.
+      ttft_ms: mean time to the first token.
+      tpot_ms: mean time of a later token of one sequence.
+      output_tokens_per_s: all tokens generated over the whole time.
+      mbu: share of the machine's read bandwidth, measured beside it, that reading weights and cache once a step takes.
     """
 
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
+    prefill_tokens_per_s: Spread
+    decode_tokens_per_s: Spread
+    ttft_ms: Spread
+    tpot_ms: Spread
+    output_tokens_per_s: Spread
+    mbu: Spread
 
 
 def speed(
@@ -26,40 +54,61 @@ def speed(
     *,
     prompt_tokens: int = 96,
     output_tokens: int = 32,
+    concurrency: int = 1,
     repeats: int = 3,
+    config: EngineConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Speed:
     """Times greedy generation through the engine, once it is compiled and warm.
 
     Args:
       model: any model.
-      prompt_tokens: length of the prompt; its ids are arbitrary.
-      output_tokens: tokens generated, of which the first counts as prefill.
+      prompt_tokens: length of each prompt; its ids are arbitrary.
+      output_tokens: tokens that each sequence generates, of which the first counts as prefill.
+      concurrency: sequences that run together.
       repeats: timed runs.
+      config: of the engine; its slots, context and prefix cache follow from the other arguments.
       progress: called with (runs done, of all), the warm-up included.
 
     Raises:
       ValueError: for numbers too small, or more tokens than the model's context.
     """
     check_lengths(prompt_tokens=prompt_tokens, output_tokens=output_tokens, context=model.config.max_seq_len)
-    if repeats < 1:
-        raise ValueError(f"{repeats=} must be at least 1")
+    for name, value in (("repeats", repeats), ("concurrency", concurrency)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     report = progress or (lambda done, total: None)
-    config = EngineConfig(max_slots=1, max_seq_len=prompt_tokens + output_tokens, prefix_cache=False)
-    engine = Engine(model, config=config)
-    prompt = [i % model.config.vocab_size for i in range(prompt_tokens)]
-    params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+    context = prompt_tokens + output_tokens
+    sizes = dataclasses.replace(
+        config or EngineConfig(),
+        max_slots=concurrency,
+        max_seq_len=context,
+        cache_tokens=concurrency * context,
+        prefix_cache=False,
+    )
+    engine = Engine(model, config=sizes)
     report(0, 1 + repeats)
-    engine.warm_up(prompt_tokens=prompt_tokens, rows=1)
-    results = []
+    engine.warm_up()
+    runs = []
     for run in range(repeats):
         report(1 + run, 1 + repeats)
-        results += engine.generate([prompt], params)
+        runs.append(_run(engine, prompt_tokens, output_tokens, concurrency))
     report(1 + repeats, 1 + repeats)
-    return Speed(
-        prefill_tokens_per_s=statistics.median(prompt_tokens * 1e3 / r.ttft_ms for r in results),
-        decode_tokens_per_s=statistics.median(1e3 / r.tpot_ms for r in results if r.tpot_ms is not None),
-    )
+    step_bytes = _bytes_of_step(model, engine, context - output_tokens // 2, concurrency)
+    return _summary(runs, prompt_tokens, step_bytes / read_bandwidth())
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that a sum over a large array reads on the default device: the best of a few runs."""
+    array = jnp.zeros(_READ // 4, jnp.float32)
+    total = jax.jit(lambda x: x.reshape(64, -1).sum(1))  # in parts, so that every core has some
+    total(array).block_until_ready()
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        total(array).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return _READ / min(times)
 
 
 def check_lengths(*, prompt_tokens: int, output_tokens: int, context: int | None = None) -> None:
@@ -72,3 +121,42 @@ def check_lengths(*, prompt_tokens: int, output_tokens: int, context: int | None
         raise ValueError(
             f"{prompt_tokens=} and {output_tokens=} are more than the model's context of {context}; take fewer"
         )
+
+
+def _run(engine: Engine, prompt_tokens: int, output_tokens: int, concurrency: int) -> list[Result]:
+    vocab = engine.model_config.vocab_size
+    prompts = [[(i + 7 * n) % vocab for i in range(prompt_tokens)] for n in range(concurrency)]
+    return engine.generate(prompts, SamplingParams(max_tokens=output_tokens, ignore_eos=True))
+
+
+def _bytes_of_step(model: Transformer, engine: Engine, context: int, concurrency: int) -> int:
+    """Weights and cache that one step of decoding reads."""
+    table = 0 if model.config.tied else weights(model)["embed.weight"].nbytes  # of which a step reads a row
+    return num_bytes(model) - table + concurrency * context * engine.kv_bytes_per_token
+
+
+def _summary(runs: Sequence[Sequence[Result]], prompt_tokens: int, step_s: float) -> Speed:
+    """Args: the results of each run; length of a prompt; seconds that a step takes at the machine's bandwidth."""
+    over = lambda figure: Spread.of([figure(run) for run in runs])
+    first = lambda run: max(result.token_ms[0] for result in run) / 1e3
+    last = lambda run: max(result.token_ms[-1] for result in run) / 1e3
+    return Speed(
+        prefill_tokens_per_s=over(lambda run: len(run) * prompt_tokens / first(run)),
+        decode_tokens_per_s=over(_decode_rate),
+        ttft_ms=over(lambda run: statistics.mean(result.ttft_ms for result in run)),
+        tpot_ms=over(lambda run: statistics.mean(result.tpot_ms for result in run)),
+        output_tokens_per_s=over(lambda run: sum(len(result.token_ids) for result in run) / last(run)),
+        mbu=over(lambda run: step_s * _decode_rate(run) / len(run)),
+    )
+
+
+def _decode_rate(run: Sequence[Result]) -> float:
+    """Tokens a second from when the last sequence has its first token until the first one has its last."""
+    start = max(result.token_ms[0] for result in run)
+    end = min(result.token_ms[-1] for result in run)
+    if end <= start:
+        raise ValueError(
+            "some sequences ended before all had started; take more output_tokens, or less concurrency"
+        )
+    count = sum(start < at <= end for result in run for at in result.token_ms)
+    return count * 1e3 / (end - start)

@@ -143,6 +143,6 @@ def _report(
         perplexity=perplexity,
         kld_mean=kld_mean,
         same_top_p=same_top_p,
-        prefill_tokens_per_s=speed.prefill_tokens_per_s,
-        decode_tokens_per_s=speed.decode_tokens_per_s,
+        prefill_tokens_per_s=speed.prefill_tokens_per_s.median,
+        decode_tokens_per_s=speed.decode_tokens_per_s.median,
     )

@@ -44,7 +44,7 @@ def test_overview_lists_the_commands(run_cli, arguments):
     done = run_cli(*arguments)
     assert done.code == 0
     for name, (_, line) in main.COMMANDS.items():
-        assert f"  {name:10}{line}\n" in done.stdout
+        assert f"  {name:14}{line}\n" in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [("help", "probe"), ("probe", "--help"), ("probe", "--size=1", "-h")])

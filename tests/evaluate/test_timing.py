@@ -12,32 +12,47 @@ def model(data_dir):
     return jo.load(data_dir / "stories260K.gguf")[0]
 
 
-def test_medians_of_what_the_engine_tells(model, monkeypatch):
-    times = iter([(40.0, 5.0), (20.0, 8.0), (10.0, 4.0)])  # ms: time to first token, per later token
+def result(*token_ms):
+    return Result(
+        text="",
+        token_ids=[1] * len(token_ms),
+        finish_reason="length",
+        prompt_tokens=8,
+        cached_tokens=0,
+        logprobs=None,
+        error=None,
+        ttft_ms=token_ms[0],
+        tpot_ms=(token_ms[-1] - token_ms[0]) / (len(token_ms) - 1),
+        token_ms=token_ms,
+    )
+
+
+def test_figures_follow_from_the_times_of_tokens(model, monkeypatch):
+    runs = iter(
+        [
+            [result(10.0, 14.0, 18.0), result(12.0, 16.0, 20.0)],
+            [result(10.0, 20.0, 30.0), result(12.0, 22.0, 32.0)],
+            [result(10.0, 15.0, 20.0), result(12.0, 17.0, 22.0)],
+        ]
+    )
     asked = []
 
     def generate(self, prompts, params):
-        asked.append((len(prompts[0]), params.max_tokens, params.ignore_eos))
-        ttft, tpot = next(times)
-        return [
-            Result(
-                text="",
-                token_ids=[1, 2],
-                finish_reason="length",
-                prompt_tokens=8,
-                cached_tokens=0,
-                logprobs=None,
-                error=None,
-                ttft_ms=ttft,
-                tpot_ms=tpot,
-            )
-        ]
+        asked.append(([len(prompt) for prompt in prompts], params.max_tokens, params.ignore_eos))
+        return next(runs)
 
     monkeypatch.setattr(Engine, "generate", generate)
-    found = evaluate.speed(model, prompt_tokens=8, output_tokens=4)
-    assert found.prefill_tokens_per_s == pytest.approx(8 / 0.020)
-    assert found.decode_tokens_per_s == pytest.approx(1 / 0.005)
-    assert asked == [(8, 4, True)] * 3
+    found = evaluate.speed(model, prompt_tokens=8, output_tokens=3, concurrency=2)
+    assert asked == [([8, 8], 3, True)] * 3
+    assert found.prefill_tokens_per_s.median == pytest.approx(2 * 8 / 0.012)
+    # From 12 ms, when both have started, to the end of the first: two tokens of the first, one of the second.
+    rates = [3 / 0.006, 3 / 0.018, 3 / 0.008]
+    assert found.decode_tokens_per_s.median == pytest.approx(sorted(rates)[1])
+    assert (found.decode_tokens_per_s.low, found.decode_tokens_per_s.high) == pytest.approx(
+        (min(rates), max(rates))
+    )
+    assert found.tpot_ms.median == pytest.approx(5.0)
+    assert found.output_tokens_per_s.median == pytest.approx(6 / 0.022)
 
 
 def test_speed_of_a_real_model(model):
@@ -45,8 +60,8 @@ def test_speed_of_a_real_model(model):
     found = evaluate.speed(
         model, prompt_tokens=500, output_tokens=12, repeats=1, progress=lambda *at: seen.append(at)
     )
-    assert found.prefill_tokens_per_s > 0
-    assert found.decode_tokens_per_s > 0
+    assert found.prefill_tokens_per_s.median > 0
+    assert found.decode_tokens_per_s.median > 0
     assert seen == [(0, 2), (1, 2), (2, 2)]
 
 
@@ -56,6 +71,7 @@ def test_speed_of_a_real_model(model):
         ({"prompt_tokens": 0}, "prompt_tokens=0 must be at least 1"),
         ({"output_tokens": 1}, "output_tokens=1 must be at least 2"),
         ({"repeats": 0}, "repeats=0 must be at least 1"),
+        ({"concurrency": 0}, "concurrency=0 must be at least 1"),
         ({"prompt_tokens": 500, "output_tokens": 13}, "more than the model's context of 512"),
     ],
 )

@@ -1,0 +1,49 @@
+"""Time the engine on a model: prefill and decode of sequences that start together, once all is compiled.
+
+Figures are medians over the repeats. mbu is the share of the machine's read bandwidth, measured in the same run, that
+reading the weights and the cache once a step takes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from absl import flags
+
+from jaxopt_llm import evaluate
+from jaxopt_llm.cli import show
+from jaxopt_llm.cli.flags import DTYPE, JSON, MESH, MODEL, QUANTIZE
+from jaxopt_llm.cli.loading import load
+from jaxopt_llm.cli.measuring import stages
+from jaxopt_llm.engine import EngineConfig
+
+PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 512, "Length of each prompt.")
+OUTPUT_TOKENS = flags.DEFINE_integer("output_tokens", 128, "Tokens that each sequence generates.")
+CONCURRENCY = flags.DEFINE_integer("concurrency", 1, "Sequences that run together.")
+REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs.")
+CACHE_DTYPE = flags.DEFINE_string(
+    "cache_dtype", None, "Type of keys and values: float32, bfloat16, float16, int8. Unset: the model's."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    evaluate.check_lengths(prompt_tokens=PROMPT_TOKENS.value, output_tokens=OUTPUT_TOKENS.value)
+    config = EngineConfig(cache_dtype=CACHE_DTYPE.value)
+    model, _ = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
+    with stages("runs") as report:
+        found = evaluate.speed(
+            model,
+            prompt_tokens=PROMPT_TOKENS.value,
+            output_tokens=OUTPUT_TOKENS.value,
+            concurrency=CONCURRENCY.value,
+            repeats=REPEATS.value,
+            config=config,
+            progress=functools.partial(report, "timing"),
+        )
+    figures = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    if JSON.value:
+        medians = {name: spread.median for name, spread in figures.items()}
+        show.json_line(medians | {"spread": {name: [s.low, s.high] for name, s in figures.items()}})
+    else:
+        rows = [(name, s.median, s.low, s.high) for name, s in figures.items()]
+        show.table(("", "median", "low", "high"), rows)
