@@ -1,10 +1,10 @@
 """What goes in and what comes out."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-Message = Mapping[str, Any]
+from jaxopt_llm.text import Message
+
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
