@@ -108,8 +108,9 @@ def test_mistakes_write_nothing(run_cli, qwen, tmp_path, options, message):
 def test_only_checkpoints_are_replaced(run_cli, qwen, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("...")
+    (tmp_path / "thesis" / "config.json").write_text('{"port": 80}')  # thousands of programs write one
     for kind in NAMES:
         done = run_cli("convert", f"--model={qwen}", f"--out={tmp_path / 'thesis'}", f"--format={kind}")
         assert done.code == 2
         assert str(tmp_path / "thesis") in done.stderr
-    assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "chapter.txt"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"thesis", "chapter.txt", "config.json"}
