@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(path, f"holds a {type(values).__name__} where an object was expected")
@@ -101,6 +101,8 @@ def _find(
 ) -> Located | None:
     if "{e}" in place.name:
         assert config.experts
+        if config.experts.count > len(tensors):
+            return None
         names = [place.name.replace("{e}", str(e)) for e in range(config.experts.count)]
         if any(name not in tensors for name in names) or len({tensors[name].shape for name in names}) > 1:
             return None

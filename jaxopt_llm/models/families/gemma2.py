@@ -8,7 +8,7 @@ from jaxopt_llm.models.family import SANDWICH_NORMS, Family, HFConfig, decoder_n
 
 def gemma_settings(hf: HFConfig) -> dict[str, Any]:
     """What all Gemmas share."""
-    bias = hf.take("attention_bias", False)
+    bias = hf.flag("attention_bias", False)
     name = hf.take("hidden_act", "gelu_pytorch_tanh")
     return {
         "qkv_bias": bias,
@@ -16,11 +16,11 @@ def gemma_settings(hf: HFConfig) -> dict[str, Any]:
         "activation": hf.activation(hf.take("hidden_activation", name)),
         "norm_offset": 1.0,
         "post_norm": True,
-        "query_scale": hf.take("query_pre_attn_scalar", 256) ** -0.5,
-        "attention_softcap": hf.take("attn_logit_softcapping", None),
-        "logit_softcap": hf.take("final_logit_softcapping", None),
+        "query_scale": hf.number("query_pre_attn_scalar", 256) ** -0.5,
+        "attention_softcap": hf.number("attn_logit_softcapping", None),
+        "logit_softcap": hf.number("final_logit_softcapping", None),
         "scale_embedding": True,
-        "tied": hf.take("tie_word_embeddings", True),
+        "tied": hf.flag("tie_word_embeddings", True),
     }
 
 
@@ -41,7 +41,7 @@ def gemma_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read(hf: HFConfig) -> ModelConfig:
-    windows = hf.windows(lambda i: i % 2 == 0, hf.take("sliding_window", 4096))
+    windows = hf.windows(lambda i: i % 2 == 0, hf.count("sliding_window", 4096))
     return hf.decoder("gemma2", windows=windows, **gemma_settings(hf))
 
 

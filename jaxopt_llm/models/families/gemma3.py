@@ -26,15 +26,15 @@ TEXT_DEFAULTS = {
 
 def _read(hf: HFConfig) -> ModelConfig:
     hf.expect("use_bidirectional_attention", False)
-    period = hf.take("sliding_window_pattern", 6)
-    period = hf.take("_sliding_window_pattern", period)
-    local_theta = hf.take("rope_local_base_freq", 10000.0)
-    context = hf.take("max_position_embeddings")
+    period = hf.count("sliding_window_pattern", 6)
+    period = hf.count("_sliding_window_pattern", period)
+    local_theta = hf.number("rope_local_base_freq", 10000.0)
+    context = hf.count("max_position_embeddings")
     full = hf.rope(context, theta=1e6, layer_type="full_attention")
-    local = HFConfig({"rope_parameters": hf.take("rope_parameters", {})})
+    local = HFConfig({"rope_parameters": hf.table("rope_parameters")})
     return hf.decoder(
         "gemma3_text",
-        windows=hf.windows(lambda i: (i + 1) % period != 0, hf.take("sliding_window", 4096)),
+        windows=hf.windows(lambda i: (i + 1) % period != 0, hf.count("sliding_window", 4096)),
         rope=full,
         rope_local=local.rope(context, theta=local_theta, layer_type="sliding_attention"),
         qk_norm="head",

@@ -7,7 +7,7 @@ from jaxopt_llm.models.family import Family, HFConfig, decoder_names
 
 
 def _read(hf: HFConfig) -> ModelConfig:
-    return hf.decoder("mistral", windows=hf.windows(lambda i: True, hf.take("sliding_window", None)))
+    return hf.decoder("mistral", windows=hf.windows(lambda i: True, hf.count("sliding_window", None)))
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

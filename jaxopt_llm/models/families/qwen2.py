@@ -8,8 +8,9 @@ from jaxopt_llm.models.family import Family, HFConfig, decoder_names
 
 def qwen_windows(hf: HFConfig) -> tuple[int | None, ...]:
     """Layers from `max_window_layers` on slide, if `use_sliding_window`."""
-    window, first = hf.take("sliding_window", None), hf.take("max_window_layers", 28)
-    return hf.windows(lambda i: i >= first, window if hf.take("use_sliding_window", False) else None)
+    slides, window = hf.flag("use_sliding_window", False), hf.count("sliding_window", None)
+    first = hf.count("max_window_layers", 28, least=0)
+    return hf.windows(lambda i: i >= first, window if slides else None)
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
