@@ -240,7 +240,7 @@ class Family:
       read: `config.json` to `ModelConfig`.
       write: the keys of `config.json` beyond those that every decoder has.
       names: parameter (with `{i}`) to its source.
-      skipped: pattern of tensors that are no part of the text model, such as a vision tower.
+      towers: what multimodal checkpoints hold beside the text model, by the first part of its tensors' names.
     """
 
     name: str
@@ -248,7 +248,7 @@ class Family:
     read: Callable[[HFConfig], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     names: Mapping[str, Source]
-    skipped: re.Pattern[str] = re.compile(r".*\.rotary_emb\.inv_freq$")
+    towers: tuple[str, ...] = ()
 
     def source(self, parameter: str) -> Source:
         """The source of a parameter such as `layers.3.attention.q.weight`, its layer filled in."""

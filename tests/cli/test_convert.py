@@ -89,6 +89,16 @@ def test_blocks_of_a_gguf_file_go_through_unchanged(convert, qwen, tmp_path):
         np.testing.assert_array_equal(one, two)
 
 
+def test_a_warning_is_one_line(run_cli, tmp_path):
+    families.write("gemma3", tmp_path / "in")
+    arguments = (f"--model={tmp_path / 'in'}", f"--out={tmp_path / 'out'}", "--format=hf")
+    done = run_cli.subprocess("convert", *arguments)
+    assert done.code == 0, done.stderr
+    (told,) = (line for line in done.stderr.splitlines() if "skipped" in line)
+    assert told.startswith(f"jaxopt-llm: warning: {tmp_path / 'in'}")
+    assert told.endswith(": loaded the text model, skipped multi_modal_projector, vision_tower")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -53,5 +53,5 @@ FAMILY = Family(
     read=_read,
     write=_write,
     names=decoder_names(**QK_NORMS, **SANDWICH_NORMS),
-    skipped=re.compile(r"(vision_tower|multi_modal_projector)\..*"),
+    towers=("vision_tower", "multi_modal_projector"),
 )
