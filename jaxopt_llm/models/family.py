@@ -27,6 +27,9 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+_ACTIVATION_NAMES: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
 class HFConfig:
     """A `config.json` that remembers which keys were read."""
 
@@ -155,6 +158,16 @@ class HFConfig:
             raise ValueError("config.json has layers with sliding_attention but no sliding_window")
         return tuple(window if slide else None for slide in slides)
 
+    def one_window(self, window: int | None) -> tuple[int | None, ...]:
+        """The same window for all layers: transformers reads no `layer_types` in some families."""
+        windows = self.windows(lambda i: True, window)
+        if len(set(windows)) > 1:
+            family = self.values.get("model_type")
+            raise ValueError(
+                f"config.json has layer_types of several kinds; all layers of {family} are alike"
+            )
+        return windows
+
     def rope(self, max_seq_len: int, *, theta: float = 10000.0, layer_type: str | None = None) -> Rope:
         """Reads transformers 4's `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`.
 
@@ -206,6 +219,17 @@ _YARN = _LINEAR | {
         for key in ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
     },
 }
+
+
+def activation_to_hf(config: ModelConfig) -> str:
+    """`hidden_act` as `HFConfig.activation` reads it."""
+    return _ACTIVATION_NAMES[config.activation]
+
+
+def windows_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """`sliding_window` and `layer_types` as `HFConfig.windows` reads them."""
+    types = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
+    return {"sliding_window": next(filter(None, config.windows), None), "layer_types": types}
 
 
 def rope_to_hf(rope: Rope) -> dict[str, Any]:

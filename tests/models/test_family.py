@@ -61,6 +61,33 @@ def test_nonsense_is_refused(name, changes, message):
         parse_config(families.TINY[name] | changes)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_layers_that_transformers_takes_for_alike(name):
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    settings = {"use_sliding_window": True} if name == "qwen3_moe" else {}
+    changes = settings | {"sliding_window": 8, "layer_types": types}
+    with pytest.raises(ValueError, match=f"layer_types of several kinds; all layers of {name} are alike"):
+        parse_config(families.TINY[name] | changes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("bogus", 1), ("quantization_config", {"quant_method": "gptq"}), ("rope_scaling", {"factor": 2})],
+)
+def test_every_key_of_a_multimodal_wrapper_is_accounted_for(key, value):
+    with pytest.raises(ValueError, match=f"no code reads for model_type 'gemma3': {key}="):
+        parse_config(families.GEMMA3 | {key: value})
+
+
+def test_a_multimodal_wrapper_decides_over_its_text_model():
+    said = {"tie_word_embeddings": False, "pad_token_id": 7, "bos_token_id": None}
+    config = parse_config(families.GEMMA3 | said)
+    assert (config.tied, config.pad_id, config.bos_id, config.eos_ids) == (False, 7, 2, (1, 106))
+    assert parse_config(families.GEMMA3).tied
+    text = families.GEMMA3["text_config"] | {"tie_word_embeddings": False}
+    assert not parse_config(families.GEMMA3 | {"text_config": text}).tied
+
+
 def test_minus_one_is_no_token():
     """As LLaMA's first conversions write it."""
     config = parse_config(families.LLAMA | {"pad_token_id": -1, "eos_token_id": [2, -1]})

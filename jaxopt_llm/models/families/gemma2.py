@@ -1,9 +1,17 @@
 """Gemma 2 (arXiv:2408.00118): soft-caps, norms on both sides, every other layer local."""
 
+import math
 from typing import Any
 
 from jaxopt_llm.models.config import ModelConfig
-from jaxopt_llm.models.family import SANDWICH_NORMS, Family, HFConfig, decoder_names
+from jaxopt_llm.models.family import (
+    SANDWICH_NORMS,
+    Family,
+    HFConfig,
+    activation_to_hf,
+    decoder_names,
+    windows_to_hf,
+)
 
 
 def gemma_settings(hf: HFConfig) -> dict[str, Any]:
@@ -26,17 +34,14 @@ def gemma_settings(hf: HFConfig) -> dict[str, Any]:
 
 def gemma_keys(config: ModelConfig) -> dict[str, Any]:
     """`gemma_settings` back."""
-    window = next((w for w in config.windows if w is not None), None)
-    assert config.query_scale
-    scalar = round(config.query_scale**-2, 6)
-    return {
+    scalar = (config.query_scale or config.head_dim**-0.5) ** -2
+    whole = round(scalar)  # transformers wants an int
+    return windows_to_hf(config) | {
         "attention_bias": config.o_bias,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,  # transformers wants an int
+        "hidden_activation": activation_to_hf(config),
+        "query_pre_attn_scalar": whole if math.isclose(whole, scalar, rel_tol=1e-9) else scalar,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
-        "sliding_window": window,
-        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in config.windows],
     }
 
 

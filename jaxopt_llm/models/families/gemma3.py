@@ -1,11 +1,11 @@
 """Gemma 3, text (arXiv:2503.19786): qk-norm, five local layers to one global, a rope for each."""
 
-import re
+from collections.abc import Mapping
 from typing import Any
 
 from jaxopt_llm.models.config import ModelConfig
 from jaxopt_llm.models.families.gemma2 import gemma_keys, gemma_settings
-from jaxopt_llm.models.family import QK_NORMS, SANDWICH_NORMS, Family, HFConfig, decoder_names
+from jaxopt_llm.models.family import QK_NORMS, SANDWICH_NORMS, Family, HFConfig, decoder_names, rope_to_hf
 
 # What transformers assumes of a multimodal checkpoint's `text_config`, which the hub's files leave out.
 TEXT_DEFAULTS = {
@@ -22,6 +22,23 @@ TEXT_DEFAULTS = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+
+
+# Keys of the wrapper that say nothing of the text model.
+_VISION_KEYS = """vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index boi_token_id
+    eoi_token_id image_token_id""".split()
+
+
+def text_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the text model in a multimodal checkpoint, every other key of it accounted for."""
+    wrapper = HFConfig(values)
+    text = TEXT_DEFAULTS | wrapper.table("text_config")
+    for key in _VISION_KEYS:
+        wrapper.take(key, None)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+        text[key] = wrapper.take(key, text.get(key))
+    wrapper.finish()
+    return text
 
 
 def _read(hf: HFConfig) -> ModelConfig:
@@ -43,8 +60,19 @@ def _read(hf: HFConfig) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    assert config.rope_local
-    return gemma_keys(config) | {"rope_local_base_freq": config.rope_local.theta}
+    local = config.rope_local or config.rope
+    keys = gemma_keys(config) | {"rope_local_base_freq": local.theta}
+    if local.kind == "default":
+        return keys
+    ropes = {
+        "full_attention": config.rope,
+        "sliding_attention": local,
+    }  # in the words of transformers 5 alone
+    return keys | {
+        "rope_parameters": {
+            kind: rope_to_hf(rope) | {"rope_theta": rope.theta} for kind, rope in ropes.items()
+        }
+    }
 
 
 FAMILY = Family(

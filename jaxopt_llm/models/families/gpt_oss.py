@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxopt_llm.models.config import Experts, ModelConfig
-from jaxopt_llm.models.family import Family, HFConfig, Source, decoder_names
+from jaxopt_llm.models.family import Family, HFConfig, Source, decoder_names, windows_to_hf
 
 
 def _read(hf: HFConfig) -> ModelConfig:
@@ -35,13 +35,11 @@ def _read(hf: HFConfig) -> ModelConfig:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     assert config.experts
-    return {
+    return windows_to_hf(config) | {
         "attention_bias": config.o_bias,
         "num_local_experts": config.experts.count,
         "num_experts_per_tok": config.experts.per_token,
         "experts_per_token": config.experts.per_token,
-        "sliding_window": next((w for w in config.windows if w is not None), None),
-        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in config.windows],
         "swiglu_limit": config.swiglu_limit,
     }
 

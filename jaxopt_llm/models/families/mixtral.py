@@ -13,7 +13,7 @@ def _read(hf: HFConfig) -> ModelConfig:
         d_ff=hf.count("intermediate_size"),
         layers=(True,) * hf.layers(),
     )
-    windows = hf.windows(lambda i: True, hf.count("sliding_window", None))
+    windows = hf.one_window(hf.count("sliding_window", None))
     return hf.decoder("mixtral", windows=windows, experts=experts)
 
 

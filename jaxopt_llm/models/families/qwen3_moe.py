@@ -25,7 +25,7 @@ def _read(hf: HFConfig) -> ModelConfig:
         qk_norm="head",
         qkv_bias=bias,
         o_bias=bias,
-        windows=hf.windows(lambda i: True, window if slides else None),
+        windows=hf.one_window(window if slides else None),
         experts=experts,
     )
 
