@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Sequence
 
+from jaxopt_llm.cache import cache_folder
 from jaxopt_llm.cli import machine, show
 from jaxopt_llm.cli.flags import JSON
 
@@ -30,7 +31,7 @@ def environment() -> dict[str, object]:
     import jax
 
     model, instructions = machine.cpu()
-    cache = machine.cache_folder()
+    cache = cache_folder()
     return {
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "python": platform.python_version(),
