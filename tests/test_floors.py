@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    {"sharding"},
+    {"sharding", "cache"},
     {"kernels"},
     {"models", "text"},
     {"checkpoints"},

@@ -4,7 +4,9 @@ import ctypes
 import errno
 import fcntl
 import glob
+import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -13,6 +15,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+# What says that a directory is a checkpoint: a file, and a key in it, for other programs write a config.json too.
+_MARKERS = {"config.json": "model_type", "jaxopt_llm.json": "version"}
+# All that we and transformers' `save_pretrained` write into one.
+_WRITTEN = re.compile(
+    r"(config|generation_config|jaxopt_llm|model\.safetensors\.index)\.json"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|(preprocessor|processor|video_preprocessor)_config\.json"
+    r"|tokenizer\.model|merges\.txt|chat_template\.jinja|additional_chat_templates(/[^/]+\.jinja)?"
+    r"|params(/.*)?"  # Orbax
+)
 _ATTEMPTS = 20  # to remove a directory
 _YOUNG = 1.0  # seconds; a temporary this new may not be locked yet by the process that makes it
 
@@ -29,7 +42,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise IsADirectoryError(errno.EISDIR, "a directory stands where a file is to be written", str(target))
     temporary = _temporary(target)
     try:
-        with open(temporary, "xb") as file, _locked(temporary):
+        with _told_of(target, temporary), open(temporary, "xb") as file, _locked(temporary):
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -41,7 +54,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_directory(target: str | os.PathLike[str], *, marker: str = "config.json") -> Iterator[Path]:
+def atomic_directory(target: str | os.PathLike[str], *, marker: str) -> Iterator[Path]:
     """A directory to fill in place of `target`, which appears whole when the block ends, or not at all.
 
     Like `atomic_file`. Where the file system cannot exchange two directories in one step (NFS, some network
@@ -49,8 +62,8 @@ def atomic_directory(target: str | os.PathLike[str], *, marker: str = "config.js
     the next write puts it back.
 
     Args:
-      target: replaced, with all that is in it, if it is a directory that is empty or holds `marker`.
-      marker: a file that every checkpoint of this kind holds, so that no other directory is ever replaced.
+      target: replaced, with all that is in it, if `check_replaceable` allows.
+      marker: the file that every checkpoint of this kind holds: config.json, jaxopt_llm.json.
 
     Raises:
       FileExistsError: if something else stands there.
@@ -61,24 +74,57 @@ def atomic_directory(target: str | os.PathLike[str], *, marker: str = "config.js
         _remove(old) if target.exists() else old.rename(target)
     check_replaceable(target, marker)
     try:
-        temporary.mkdir()
-        with _locked(temporary):
-            yield temporary
-            for path in [*temporary.rglob("*"), temporary]:
-                _sync(path)
-            _swap(temporary, target, old)
+        with _told_of(target, temporary):
+            temporary.mkdir()
+            with _locked(temporary):
+                yield temporary
+                for path in [*temporary.rglob("*"), temporary]:
+                    _sync(path)
+                _swap(temporary, target, old)
     finally:
         _remove(temporary)  # what it replaced, by now, or what an error left unfinished
     _sync(target.parent)
 
 
 def check_replaceable(target: Path, marker: str) -> None:
-    """Raises FileExistsError if at `target` stands something else than an empty directory or one with `marker`."""
-    if not target.exists():
-        return
-    if not target.is_dir() or (any(target.iterdir()) and not (target / marker).exists()):
-        reason = f"not replaced, since it is no checkpoint (no {marker} in it); choose another"
+    """Raises FileExistsError if something else stands at `target` than an empty directory or a checkpoint.
+
+    A checkpoint's `marker` says that it is one, and all beside it is what we or transformers write.
+    """
+    doubt = _doubt(target, marker) if target.exists() else None
+    if doubt:
+        reason = f"not replaced, since it is no checkpoint ({doubt}); choose another"
         raise FileExistsError(errno.EEXIST, reason, str(target))
+
+
+def _doubt(target: Path, marker: str) -> str | None:
+    """Why `target` may be something else than an empty directory or a checkpoint."""
+    if not target.is_dir():
+        return "a file"
+    if not any(target.iterdir()):
+        return None
+    if not (target / marker).is_file():
+        return f"no {marker} in it"
+    try:
+        said = json.loads((target / marker).read_bytes())
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict) or _MARKERS[marker] not in said:
+        return f"no {_MARKERS[marker]} in its {marker}"
+    names = (path.relative_to(target).as_posix() for path in target.rglob("*"))
+    stranger = next((name for name in names if not _WRITTEN.fullmatch(name)), None)
+    return stranger and f"{stranger} in it"
+
+
+@contextmanager
+def _told_of(target: Path, temporary: Path) -> Iterator[None]:
+    """Errors name the target where they would name what is written in its place."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            error.filename = os.fsdecode(error.filename).replace(str(temporary), str(target))
+        raise
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:

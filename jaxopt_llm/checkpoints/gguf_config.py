@@ -210,7 +210,7 @@ def _llama3(factors: np.ndarray, theta: float, head_dim: int, original: int) -> 
         slope, offset = map(float, np.polyfit(turns[between], kept[between], 1))
         if slope > 0:
             low, high = (round(border, 3) for border in (-offset / slope, (1 - offset) / slope))
-    found = Rope(
+    found = lambda: Rope(
         theta=theta,
         kind="llama3",
         factor=factor,
@@ -218,7 +218,7 @@ def _llama3(factors: np.ndarray, theta: float, head_dim: int, original: int) -> 
         low_freq_factor=low,
         high_freq_factor=high,
     )
-    if not low < high or not np.allclose(plain / frequencies(found, head_dim), factors, rtol=1e-4):
+    if not 0 < low < high or not np.allclose(plain / frequencies(found(), head_dim), factors, rtol=1e-4):
         raise ValueError(f"tensor {ROPE_FACTORS!r} is not Llama 3's scaling from a context of {original}")
     return {
         "rope_type": "llama3",

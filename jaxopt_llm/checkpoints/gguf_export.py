@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +152,8 @@ def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, A
             f"the tokenizer has {len(types)} tokens but the embedding only {rows} rows; GGUF cannot hold that"
         )
     if types[rows:]:
-        logging.getLogger(__name__).warning(
-            "left out %d special tokens beyond the embedding's %d rows", len(types) - rows, rows
-        )
+        left_out = len(types) - rows
+        warnings.warn(f"left out {left_out} special tokens beyond the embedding's {rows} rows", stacklevel=2)
     fillers: dict[str, list[Any]] = {  # llama.cpp wants exactly one token for every row of the embedding
         f"{PREFIX}tokens": [f"[PAD{index}]" for index in range(len(types), rows)],
         f"{PREFIX}token_type": [int(TokenType.UNUSED)] * (rows - len(types)),

@@ -1,10 +1,13 @@
 """Hugging Face directories: config.json and safetensors."""
 
 import json
-import logging
+import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxopt_llm.checkpoints import located as lay
 from jaxopt_llm.checkpoints.files import CheckpointError, Tensor, TensorSource
@@ -14,6 +17,8 @@ from jaxopt_llm.models.families import family, parse_config
 from jaxopt_llm.models.family import Family, Source
 
 CONFIG = "config.json"
+_COMPUTED = ".rotary_emb.inv_freq"  # ends the names of tensors that repeat what the config says
+_CHUNK = 1 << 20  # elements compared at once
 # What multimodal wrappers put before the names of their text model, oldest first.
 _PREFIXES = (("language_model.", ""), ("model.language_model.", "model."))
 
@@ -30,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(path, f"holds a {type(values).__name__} where an object was expected")
@@ -58,9 +63,9 @@ def locate(source: TensorSource, config: ModelConfig, wanted: Mapping[str, Param
       CheckpointError: listing all missing, unexpected and misshapen tensors.
     """
     kind = family(config.family)
-    tensors, aside = _text_model(source, kind)
+    tensors, towers = _text_model(source, kind)
     if config.tied:
-        tensors.pop(kind.names["head.weight"].name, None)  # some tied checkpoints repeat the embedding
+        _drop_repeated_head(tensors, kind, source.path)
     used: set[str] = set()
     found, names = {}, {}
     for parameter in wanted:
@@ -70,30 +75,52 @@ def locate(source: TensorSource, config: ModelConfig, wanted: Mapping[str, Param
         if entry is not None:
             found[parameter] = entry
     lay.check(source.path, wanted, found, names, [name for name in tensors if name not in used])
-    if aside:
-        towers = sorted({_tower(name) for name in aside})
-        logging.getLogger(__name__).warning(
-            "%s: loaded the text model, skipped %s", source.path, ", ".join(towers)
-        )
+    if towers:
+        skipped = ", ".join(sorted(towers))
+        warnings.warn(f"{source.path}: loaded the text model, skipped {skipped}", stacklevel=2)
     return found
 
 
-def _text_model(source: TensorSource, kind: Family) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors by the names that a text-only checkpoint gives them, and those that are no part of it."""
-    tensors, aside = {}, []
+def _drop_repeated_head(tensors: dict[str, Tensor], kind: Family, path: Any) -> None:
+    """Some tied checkpoints repeat the embedding as a head.
+
+    Raises:
+      CheckpointError: if they differ: transformers 4 drops such a head, transformers 5 uses it.
+    """
+    head, embedding = kind.names["head.weight"].name, kind.names["embed.weight"].name
+    if head not in tensors or embedding not in tensors:
+        return
+    if not _same_values(tensors[head], tensors[embedding]):
+        raise CheckpointError(
+            path,
+            f"tie_word_embeddings is true, but {head!r} is not {embedding!r}; set it to false in config.json, or "
+            "remove the tensor, whichever the model was trained with",
+        )
+    del tensors[head]
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    step = max(1, _CHUNK // max(1, math.prod(one.shape[1:])))
+    pieces = [(slice(first, first + step),) for first in range(0, one.shape[0], step)] if one.shape else [()]
+    rows = lambda tensor, piece: tensor.read(piece, np.float32)
+    return all(np.array_equal(rows(one, piece), rows(other, piece), equal_nan=True) for piece in pieces)
+
+
+def _text_model(source: TensorSource, kind: Family) -> tuple[dict[str, Tensor], set[str]]:
+    """Tensors by the names that a text-only checkpoint gives them, and the other models in it."""
+    tensors, towers = {}, set()
     for name, tensor in source.items():
         for prefix, replacement in _PREFIXES:
             if name.startswith(prefix):
                 name = replacement + name.removeprefix(prefix)
-        if kind.skipped.match(name.removeprefix("model.")):
-            aside.append(name)
-        else:
+        tower = name.removeprefix("model.").split(".")[0]
+        if tower in kind.towers:
+            towers.add(tower)
+        elif not name.endswith(_COMPUTED):
             tensors[name] = tensor
-    return tensors, aside
-
-
-def _tower(name: str) -> str:
-    return name.removeprefix("model.").split(".")[0]
+    return tensors, towers
 
 
 def _find(
@@ -101,6 +128,8 @@ def _find(
 ) -> Located | None:
     if "{e}" in place.name:
         assert config.experts
+        if config.experts.count > len(tensors):
+            return None
         names = [place.name.replace("{e}", str(e)) for e in range(config.experts.count)]
         if any(name not in tensors for name in names) or len({tensors[name].shape for name in names}) > 1:
             return None

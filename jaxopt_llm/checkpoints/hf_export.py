@@ -1,9 +1,12 @@
 """Hugging Face directories that transformers loads."""
 
+import dataclasses
 import functools
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +17,8 @@ from jaxopt_llm.checkpoints.atomic import atomic_directory
 from jaxopt_llm.checkpoints.files import TensorSpec
 from jaxopt_llm.checkpoints.hf import CONFIG
 from jaxopt_llm.kernels import QArray, Weight
-from jaxopt_llm.models import Transformer, weights
-from jaxopt_llm.models.families import family, write_config
+from jaxopt_llm.models import ModelConfig, Transformer, weights
+from jaxopt_llm.models.families import family, parse_config, write_config
 from jaxopt_llm.models.family import Source
 from jaxopt_llm.text import Tokenizer
 
@@ -26,14 +29,30 @@ def export(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) 
     Quantized weights are written as the floats they stand for: transformers reads the model like any other.
 
     Raises:
+      ValueError: if transformers' config cannot say all that the model's does.
       OSError: if `target` is something else than a checkpoint, or the disk is full.
     """
     config = write_config(model.config, str(model.dtype))
+    _refuse_if_lost(model.config, config)
     with atomic_directory(target, marker=CONFIG) as directory:
         safetensors.write(directory, _tensors(model), {"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(directory)
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_if_lost(config: ModelConfig, written: Mapping[str, Any]) -> None:
+    """Raises ValueError if a reader of what is written would take it for another model."""
+    read = parse_config(written)
+    names = [field.name for field in dataclasses.fields(config)]
+    lost = [name for name in names if _rounded(getattr(config, name)) != _rounded(getattr(read, name))]
+    if lost:
+        settings = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
+        raise ValueError(f"transformers' {config.family} models cannot have {settings}; keep our own format")
+
+
+def _rounded(value: Any) -> Any:
+    return np.float32(value) if isinstance(value, float) else value
 
 
 def _tensors(model: Transformer) -> list[TensorSpec]:

@@ -3,9 +3,9 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,14 +117,13 @@ def _leaves(value: Any) -> dict[str, Any]:
 
 def read_config(path: Path) -> ModelConfig:
     """The config of a checkpoint of ours; nothing else is read."""
-    return _read(path)[0]
+    return _read(path).config
 
 
 def stored_bytes(path: Path) -> dict[str, int]:
     """Bytes of the parameters' leaves by dtype; they are not read."""
-    _, description = _read(path)
     sizes: Counter[str] = Counter()
-    for value in _empties(path, description, None).values():
+    for value in _read(path).weights.values():
         for leaf in jax.tree.leaves(value):
             sizes[str(leaf.dtype)] += math.prod(leaf.shape) * leaf.dtype.itemsize
     return dict(sizes)
@@ -141,10 +140,10 @@ def load(path: Path, *, dtype: jnp.dtype | None = None, sharding: Sharding | Non
     Raises:
       CheckpointError: if something is missing or damaged.
     """
-    config, description = _read(path)
-    chosen = dtype or jnp.dtype(description["dtype"])
-    wanted, target = specs(abstract(config, chosen)), {}
-    empty = _empties(path, description, chosen)
+    saved = _read(path)
+    chosen = dtype or saved.dtype
+    wanted, target = specs(abstract(saved.config, chosen)), {}
+    empty = {name: _with_floats(value, chosen) for name, value in saved.weights.items()}
     problems = mismatches(wanted, {name: value.shape for name, value in empty.items()})
     if problems:
         raise CheckpointError(path, problems)
@@ -160,36 +159,74 @@ def load(path: Path, *, dtype: jnp.dtype | None = None, sharding: Sharding | Non
     except Exception as error:  # Orbax raises whatever its storage raises
         raise CheckpointError(path / _PARAMS, f"cannot be restored: {_first_line(error)}") from error
     values = {name: _filled(empty[name], leaves) for name, leaves in restored.items()}
-    return from_params(config, values, dtype=chosen)
+    return from_params(saved.config, values, dtype=chosen)
 
 
-def _read(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+class _Saved(NamedTuple):
+    """What jaxopt_llm.json says: the model, its dtype, and its weights as shapes."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    weights: dict[str, Any]
+
+
+def _read(path: Path) -> _Saved:
     description = read_json(path / MARKER)
     if description.get("version") != _VERSION:
         found = description.get("version")
         raise CheckpointError(path / MARKER, f"version {found!r}; this release reads version {_VERSION}")
     try:
-        return ModelConfig.from_json(description["config"]), description
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(path / MARKER, f"damaged: {error}") from error
+        weights = {name: _empty(entry) for name, entry in description["weights"].items()}
+        return _Saved(ModelConfig.from_json(description["config"]), _float(description["dtype"]), weights)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise CheckpointError(path / MARKER, f"damaged: {error!r}") from error
 
 
-def _empties(path: Path, description: dict[str, Any], dtype: jnp.dtype | None) -> dict[str, Any]:
-    """Every weight as shapes, floats in `dtype`, or None for what was saved."""
-    try:
-        return {name: _empty(entry, dtype) for name, entry in description["weights"].items()}
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(path / MARKER, f"damaged: {error}") from error
-
-
-def _empty(entry: dict[str, Any], dtype: jnp.dtype | None) -> Any:
+def _empty(entry: dict[str, Any]) -> Any:
     """A weight of shapes from what `_describe` wrote."""
     if "value" in entry:
-        return jax.ShapeDtypeStruct(tuple(entry["value"][0]), dtype or jnp.dtype(entry["value"][1]))
-    leaf = lambda key: jax.ShapeDtypeStruct(tuple(entry[key][0]), jnp.dtype(entry[key][1]))
-    act = None if entry["act"] is None else tuple(entry["act"])
-    bias = leaf("bias") if "bias" in entry else None
-    return QArray(leaf("data"), leaf("scale"), bias, bits=entry["bits"], act=act)
+        return _leaf(entry["value"], _float)
+    data, scale = _leaf(entry["data"], jnp.dtype), _leaf(entry["scale"], _float)
+    bias = _leaf(entry["bias"], _float) if "bias" in entry else None
+    weight = QArray(data, scale, bias, bits=entry["bits"], act=_act(entry["act"]))
+    features, dtype = weight.shape[-1], {8: jnp.int8, 4: jnp.uint8}[weight.bits]
+    whole = [features % scale.shape[-1] == 0, weight.act is None or features % weight.act[1] == 0]
+    if (
+        data.dtype != dtype
+        or scale.shape[:-1] != data.shape[:-1]
+        or bias not in (None, scale)
+        or not all(whole)
+    ):
+        raise ValueError(f"parts of a weight do not fit: {entry!r}")
+    return weight
+
+
+def _act(described: Any) -> tuple[int, int] | None:
+    if described is None:
+        return None
+    bits, group = described
+    if not (type(bits) is type(group) is int and 2 <= bits <= 8 and group > 0):
+        raise ValueError(f"act={described!r} is no rounding of activations")
+    return bits, group
+
+
+def _leaf(described: Sequence[Any], dtype: Callable[[Any], jnp.dtype]) -> jax.ShapeDtypeStruct:
+    shape, name = described
+    if not all(type(size) is int and 0 < size < 2**31 for size in shape):
+        raise ValueError(f"no array has shape {shape!r}")
+    return jax.ShapeDtypeStruct(tuple(shape), dtype(name))
+
+
+def _float(name: Any) -> jnp.dtype:
+    dtype = jnp.dtype(name)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name!r} is no float")
+    return dtype
+
+
+def _with_floats(empty: Any, dtype: jnp.dtype) -> Any:
+    """A weight of shapes with its values in `dtype`; a quantized one as it is."""
+    return empty if isinstance(empty, QArray) else jax.ShapeDtypeStruct(empty.shape, dtype)
 
 
 def _filled(empty: Any, leaves: dict[str, jax.Array]) -> Weight:

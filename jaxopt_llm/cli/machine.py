@@ -1,4 +1,4 @@
-"""The machine a command runs on: its processor, our cache folder, what JAX reads from the environment.
+"""The machine a command runs on: its processor, what JAX reads from the environment.
 
 Imports no JAX: `prepare` has to come first.
 """
@@ -8,6 +8,8 @@ import itertools
 import os
 import platform
 from pathlib import Path
+
+from jaxopt_llm.cache import cache_folder
 
 
 def cpu() -> tuple[str, tuple[str, ...]]:
@@ -20,11 +22,6 @@ def cpu() -> tuple[str, tuple[str, ...]]:
     fields = {key.strip(): value.strip() for key, value in lines}
     flags = fields.get("flags") or fields.get("Features", "")  # x86, ARM
     return fields.get("model name") or platform.machine(), tuple(flags.split())
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/jaxopt_llm`, where downloaded models and compiled programs are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxopt_llm"
 
 
 def compilation_cache(folder: Path) -> dict[str, str]:

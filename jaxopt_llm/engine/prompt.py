@@ -7,8 +7,7 @@ import numpy as np
 from jaxtyping import Array, Integer
 
 from jaxopt_llm.models import ModelConfig
-from jaxopt_llm.text import Tokenizer
-from jaxopt_llm.text.chat import Message
+from jaxopt_llm.text import Message, Tokenizer
 
 Prompt = str | Sequence[Message] | Sequence[SupportsIndex] | Integer[Array | np.ndarray, "T"]
 Prompts = Prompt | Sequence[Prompt] | Integer[Array | np.ndarray, "B T"]

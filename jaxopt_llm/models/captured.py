@@ -31,9 +31,7 @@ class Captured(nnx.Module):
         seen: dict[str, Array] = {}
         for name, (keep, functions) in self._taps().items():
             owner, _, part = name.rpartition(".")
-            see = functools.partial(
-                _see, name, functions, seen if keep else {}, (tokens.shape[0], tokens.shape[1])
-            )
+            see = functools.partial(_see, name, functions, seen if keep else {}, tokens.shape)
             _wrap(_part(model, owner), part, see)
         return model(tokens), seen
 
@@ -59,7 +57,8 @@ def capture(model: Transformer, *patterns: str, replace: Mapping[str, Replace] |
       model: left as it is; parameters are shared, gradients reach them.
       patterns: names of parts, `*` for any one of them, such as `"layers.*.mlp.down"`, `"layers.3"`, `"embed"`. What is
         captured is the part's output, flattened heads and all.
-      replace: name pattern to a function of the activation `[B, T, ...]`; what it returns goes on.
+      replace: name pattern to a function of the activation `[B, T, ...]`; what it returns goes on,
+        in the dtype of the activation.
 
     Raises:
       ValueError: if a pattern matches no part; the message lists the names.
@@ -102,11 +101,11 @@ def _part(module: Any, name: str) -> Any:
 
 
 def _see(
-    name: str, functions: list[Replace], seen: dict[str, Array], shape: tuple[int, int], flat: Array
+    name: str, functions: list[Replace], seen: dict[str, Array], shape: tuple[int, ...], flat: Array
 ) -> Array:
     x = flat.reshape(*shape, *flat.shape[1:])
     for function in functions:
-        x = function(x)
+        x = function(x).astype(flat.dtype)
     if x.shape[:2] != shape or x.size != flat.size:
         raise ValueError(
             f"the replacement of {name} gave shape {x.shape}; it must keep {(*shape, *flat.shape[1:])}"

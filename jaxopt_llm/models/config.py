@@ -7,12 +7,38 @@ input features of a weight.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+import inspect
+import types
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 import jax.numpy as jnp
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+def _check(settings: Any, above_zero: Collection[str]) -> None:
+    """Raises ValueError for a field that is not of its type, or that is not above zero but must be."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if not _fits(value, field.type):
+            kind = inspect.formatannotation(field.type)
+            raise ValueError(f"{field.name}={value!r} must be of type {kind}, and within 32 bits")
+        if field.name in above_zero and value is not None and value <= 0:
+            raise ValueError(f"{field.name}={value!r} must be more than 0")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type: an integer is a float, a bool is no integer; NaN and infinity are none."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(entry, get_args(kind)[0]) for entry in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 2**127
+    return type(value) is kind and (kind is not int or abs(value) < 2**31)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +71,24 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
 
+    def __post_init__(self):
+        _check(
+            self,
+            "factor original_max_seq_len low_freq_factor high_freq_factor beta_fast beta_slow "
+            "attention_factor".split(),
+        )
+        if self.theta <= 1:
+            raise ValueError(f"theta={self.theta!r} must be more than 1")
+        if self.kind in ("llama3", "yarn") and self.original_max_seq_len is None:
+            raise ValueError(f"rope kind {self.kind!r} needs original_max_seq_len")
+        if self.low_freq_factor >= self.high_freq_factor:
+            low, high = self.low_freq_factor, self.high_freq_factor
+            raise ValueError(f"low_freq_factor={low!r} must be less than high_freq_factor={high!r}")
+        if min(self.mscale or 0, self.mscale_all_dim or 0) < 0:
+            raise ValueError(
+                f"mscale={self.mscale}, mscale_all_dim={self.mscale_all_dim} must not be negative"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts:
@@ -65,6 +109,11 @@ class Experts:
     layers: tuple[bool, ...]
     renormalize: bool = True
     bias: bool = False
+
+    def __post_init__(self):
+        _check(self, ("count", "per_token", "d_ff"))
+        if self.per_token > self.count:
+            raise ValueError(f"per_token={self.per_token} experts must not be more than count={self.count}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,9 +177,15 @@ class ModelConfig:
     pad_id: int | None = None
 
     def __post_init__(self):
-        for name in ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        _check(
+            self,
+            "vocab_size d_model d_ff num_layers num_heads num_kv_heads head_dim max_seq_len norm_eps "
+            "swiglu_limit query_scale attention_softcap logit_softcap".split(),
+        )
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"windows={self.windows} must be at least 1, or None")
+        if any(index is not None and index < 0 for index in (self.bos_id, self.pad_id, *self.eos_ids)):
+            raise ValueError("bos_id, eos_ids and pad_id must not be negative")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
@@ -211,8 +266,9 @@ class ModelConfig:
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
         for name in ("rope", "rope_local"):
-            fields[name] = Rope(**fields[name]) if fields.get(name) else None
-        if fields.get("experts"):
+            if fields.get(name) is not None:
+                fields[name] = Rope(**fields[name])
+        if fields.get("experts") is not None:
             experts = fields["experts"]
             fields["experts"] = Experts(**experts | {"layers": tuple(experts["layers"])})
         return cls(**fields)

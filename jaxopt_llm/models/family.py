@@ -17,6 +17,7 @@ _HARMLESS = frozenset(
     unsloth_fixed unsloth_version use_cache""".split()
 )
 _REQUIRED = object()
+_MOST_LAYERS = 10_000  # a model is built layer by layer, even without weights
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -24,6 +25,9 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+
+
+_ACTIVATION_NAMES: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 class HFConfig:
@@ -49,11 +53,43 @@ class HFConfig:
             )
         return default
 
-    def count(self, key: str, default: Any = _REQUIRED) -> int:
-        """As `take`, of which only whole numbers from 1 make sense."""
+    def count(self, key: str, default: Any = _REQUIRED, *, least: int = 1, most: int = 2**31 - 1) -> Any:
+        """As `take`, of which only whole numbers from `least` to `most` make sense."""
+        fits = lambda value: type(value) is int and least <= value <= most
+        return self._of_kind(key, default, fits, f"a whole number from {least} to {most}")
+
+    def layers(self) -> int:
+        return self.count("num_hidden_layers", most=_MOST_LAYERS)
+
+    def number(self, key: str, default: Any = _REQUIRED) -> Any:
+        """As `take`, of which only numbers above 0 make sense."""
+        fits = lambda value: type(value) in (int, float) and 0 < value < 2**127
+        return self._of_kind(key, default, fits, "a number above 0")
+
+    def flag(self, key: str, default: Any = _REQUIRED) -> Any:
+        """As `take`, of true and false."""
+        return self._of_kind(key, default, lambda value: type(value) is bool, "true or false")
+
+    def table(self, key: str) -> dict[str, Any]:
+        """As `take`, of an object; an empty one where there is none."""
+        return self._of_kind(key, {}, lambda value: isinstance(value, dict), "an object")
+
+    def listed(self, key: str, default: Any = _REQUIRED) -> Any:
+        """As `take`, of a list."""
+        return self._of_kind(key, default, lambda value: isinstance(value, list), "a list")
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        """Ids of special tokens: one, a list, or none, which some files write as -1."""
+        value = self.take(key, [])
+        ids = value if isinstance(value, list) else [value]
+        if any(type(index) is not int or not -1 <= index < 2**31 for index in ids):
+            raise ValueError(f"config.json has {key}={value!r}; a token's id was expected, or a list of them")
+        return tuple(index for index in ids if index >= 0)
+
+    def _of_kind(self, key: str, default: Any, fits: Callable[[Any], bool], kind: str) -> Any:
         value = self.take(key, default)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"config.json has {key}={value!r}; a whole number of at least 1 was expected")
+        if value is not default and not fits(value):
+            raise ValueError(f"config.json has {key}={value!r}; {kind} was expected")
         return value
 
     def expect(self, key: str, *allowed: Any) -> None:
@@ -78,11 +114,8 @@ class HFConfig:
 
         `settings` are `ModelConfig` fields; `windows` defaults to none, `rope` to what the config says.
         """
-        layers, heads, width = (
-            self.count(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-        )
+        layers, heads, width = self.layers(), self.count("num_attention_heads"), self.count("hidden_size")
         activation = self.take("hidden_act", "silu")
-        eos = self.take("eos_token_id", ())
         common = {
             "vocab_size": self.count("vocab_size"),
             "d_model": width,
@@ -92,11 +125,11 @@ class HFConfig:
             "num_kv_heads": self.count("num_key_value_heads", heads),
             "head_dim": self.count("head_dim", width // heads),
             "max_seq_len": self.count("max_position_embeddings"),
-            "norm_eps": self.take("rms_norm_eps", 1e-6),
-            "tied": self.take("tie_word_embeddings", False),
-            "bos_id": self.take("bos_token_id", None),
-            "eos_ids": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-            "pad_id": self.take("pad_token_id", None),
+            "norm_eps": self.number("rms_norm_eps", 1e-6),
+            "tied": self.flag("tie_word_embeddings", False),
+            "bos_id": next(iter(self.tokens("bos_token_id")), None),
+            "eos_ids": self.tokens("eos_token_id"),
+            "pad_id": next(iter(self.tokens("pad_token_id")), None),
         }
         if "activation" not in settings:
             common["activation"] = self.activation(activation)
@@ -106,27 +139,34 @@ class HFConfig:
             common["rope"] = self.rope(common["max_seq_len"])
         return ModelConfig(family=family, **(common | settings))
 
-    def activation(self, name: str) -> Activation:
-        if name not in _ACTIVATIONS:
+    def activation(self, name: Any) -> Activation:
+        if str(name) not in _ACTIVATIONS:
             raise ValueError(f"config.json has activation {name!r}; known are {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[name]
 
     def windows(self, sliding: Callable[[int], bool], window: int | None) -> tuple[int | None, ...]:
         """Each layer's window: by `layer_types` where the config has them, else where `sliding(i)`."""
-        layers = self.take("num_hidden_layers")
-        types = self.take("layer_types", None)
+        layers, types = self.layers(), self.listed("layer_types", None)
         if types is not None:
-            unknown = set(types) - {"sliding_attention", "full_attention"}
+            unknown = [kind for kind in types if kind not in ("sliding_attention", "full_attention")]
             if unknown:
-                raise ValueError(
-                    f"config.json has layer_types {sorted(unknown)}; only sliding and full attention"
-                )
+                raise ValueError(f"config.json has layer_types {unknown}; only sliding and full attention")
             slides = [kind == "sliding_attention" for kind in types]
         else:
             slides = [window is not None and sliding(i) for i in range(layers)]
         if any(slides) and window is None:
             raise ValueError("config.json has layers with sliding_attention but no sliding_window")
         return tuple(window if slide else None for slide in slides)
+
+    def one_window(self, window: int | None) -> tuple[int | None, ...]:
+        """The same window for all layers: transformers reads no `layer_types` in some families."""
+        windows = self.windows(lambda i: True, window)
+        if len(set(windows)) > 1:
+            family = self.values.get("model_type")
+            raise ValueError(
+                f"config.json has layer_types of several kinds; all layers of {family} are alike"
+            )
+        return windows
 
     def rope(self, max_seq_len: int, *, theta: float = 10000.0, layer_type: str | None = None) -> Rope:
         """Reads transformers 4's `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`.
@@ -136,27 +176,27 @@ class HFConfig:
           theta: base where the config has none.
           layer_type: which entry to take where `rope_parameters` has one for each type of layer.
         """
-        scaling = dict(self.take("rope_scaling", {}))
-        base = self.take("rope_theta", theta)
-        parameters = self.take("rope_parameters", {})
+        scaling, base = self.table("rope_scaling"), self.number("rope_theta", theta)
+        parameters = self.table("rope_parameters")
         if layer_type in parameters:
-            parameters = parameters[layer_type]
-        scaling |= parameters
-        return _rope(scaling, base, max_seq_len)
+            parameters = HFConfig(parameters).table(layer_type)
+        return _rope(scaling | parameters, base, max_seq_len)
 
 
 def _rope(scaling: dict[str, Any], theta: float, max_seq_len: int) -> Rope:
-    scaling = {key: value for key, value in scaling.items() if value is not None}
-    theta = float(scaling.pop("rope_theta", theta))
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    theta = float(HFConfig(scaling).number("rope_theta", theta))
+    scaling = {key: value for key, value in scaling.items() if value is not None and key != "rope_theta"}
+    kind: Any = str(scaling.pop("rope_type", scaling.pop("type", "default")))
     scaling.pop("type", None)  # older files write both names
     if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json turns only a part of each head (partial_rotary_factor); not supported")
     fields = {"linear": _LINEAR, "llama3": _LLAMA3, "yarn": _YARN, "default": {}}
     if kind not in fields:
         raise ValueError(f"config.json has rope_type {kind!r}; known are {', '.join(fields)}")
-    if kind == "default":
-        scaling.pop("factor", None)
+    if kind == "default" and scaling.get("factor") == 1:
+        scaling.pop("factor")
+    if kind != "default" and "factor" not in scaling:
+        raise ValueError(f"config.json has rope_type {kind!r} without a factor")
     unknown = set(scaling) - set(fields[kind])
     if unknown:
         raise ValueError(f"config.json has rope settings that no code reads for {kind!r}: {sorted(unknown)}")
@@ -179,6 +219,17 @@ _YARN = _LINEAR | {
         for key in ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
     },
 }
+
+
+def activation_to_hf(config: ModelConfig) -> str:
+    """`hidden_act` as `HFConfig.activation` reads it."""
+    return _ACTIVATION_NAMES[config.activation]
+
+
+def windows_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """`sliding_window` and `layer_types` as `HFConfig.windows` reads them."""
+    types = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
+    return {"sliding_window": next(filter(None, config.windows), None), "layer_types": types}
 
 
 def rope_to_hf(rope: Rope) -> dict[str, Any]:
@@ -213,7 +264,7 @@ class Family:
       read: `config.json` to `ModelConfig`.
       write: the keys of `config.json` beyond those that every decoder has.
       names: parameter (with `{i}`) to its source.
-      skipped: pattern of tensors that are no part of the text model, such as a vision tower.
+      towers: what multimodal checkpoints hold beside the text model, by the first part of its tensors' names.
     """
 
     name: str
@@ -221,7 +272,7 @@ class Family:
     read: Callable[[HFConfig], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     names: Mapping[str, Source]
-    skipped: re.Pattern[str] = re.compile(r".*\.rotary_emb\.inv_freq$")
+    towers: tuple[str, ...] = ()
 
     def source(self, parameter: str) -> Source:
         """The source of a parameter such as `layers.3.attention.q.weight`, its layer filled in."""

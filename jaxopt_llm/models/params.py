@@ -83,14 +83,23 @@ def from_params(
       ValueError: listing all missing, unexpected and misshapen parameters.
     """
     model, values = abstract(config, dtype), flatten(tree)
-    problems = mismatches(specs(model), {name: value.shape for name, value in values.items()})
-    if problems:
-        raise ValueError("parameters do not fit the config:\n  " + "\n  ".join(problems))
+    _refuse(mismatches(specs(model), {name: value.shape for name, value in values.items()}))
     return with_weights(model, values)
 
 
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError("parameters do not fit the config:\n  " + "\n  ".join(problems))
+
+
 def with_weights(model: Transformer, values: Mapping[str, Weight]) -> Transformer:
-    """A copy of `model` that has these values in place of its own; the rest is shared."""
+    """A copy of `model` that has these values in place of its own; the rest is shared.
+
+    Raises:
+      ValueError: listing all that is no parameter of the model, or has another shape.
+    """
+    own = {name: spec for name, spec in specs(model).items() if name in values}
+    _refuse(mismatches(own, {name: value.shape for name, value in values.items()}))
     graph, state = nnx.split(model)
     flat = []
     for path, variable in nnx.to_flat_state(state):

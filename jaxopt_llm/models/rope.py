@@ -26,8 +26,8 @@ def _linear(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
 
 def _llama3(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
     """Long wavelengths are stretched, short ones kept, those between blended (Llama 3.1's release)."""
-    context = _original(rope)
-    rotations = context * plain.astype(np.float64) / (2 * math.pi)
+    assert rope.original_max_seq_len
+    rotations = rope.original_max_seq_len * plain.astype(np.float64) / (2 * math.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
     kept = np.clip((rotations - low) / (high - low), 0, 1)
     return (1 - kept) * plain / rope.factor + kept * plain
@@ -35,7 +35,8 @@ def _llama3(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
 
 def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
     """NTK-by-parts (arXiv:2309.00071, section 3.2)."""
-    context = _original(rope)
+    assert rope.original_max_seq_len
+    context = rope.original_max_seq_len
 
     def dimension(rotations: float) -> float:  # the one that makes so many rotations over the old context
         return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -46,12 +47,6 @@ def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
     return plain / rope.factor * ramp + plain * (1 - ramp)
-
-
-def _original(rope: Rope) -> int:
-    if rope.original_max_seq_len is None:
-        raise ValueError(f"rope kind {rope.kind!r} needs original_max_seq_len")
-    return rope.original_max_seq_len
 
 
 def amplitude(rope: Rope) -> float:

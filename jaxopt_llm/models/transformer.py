@@ -199,6 +199,8 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T V"]:
         """Logits, float32, of whole sequences without a cache: the forward below, flattened."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens has shape {tokens.shape}, not [B, T]; one sequence is tokens[None]")
         hidden, _ = self.forward(Batch.dense(jnp.asarray(tokens)), None)
         return self.logits(hidden).reshape(*tokens.shape, -1)
 

@@ -68,7 +68,10 @@ class TokenizerFiles:
                 templates = {}
             case str(text):
                 templates = {"default": text}
-            case [*entries] if all(isinstance(e, dict) and {"name", "template"} <= e.keys() for e in entries):
+            case [*entries] if all(
+                isinstance(e, dict) and isinstance(e.get("name"), str) and isinstance(e.get("template"), str)
+                for e in entries
+            ):
                 templates = {entry["name"]: entry["template"] for entry in entries}
             case other:
                 raise ValueError(
@@ -95,7 +98,7 @@ class TokenizerFiles:
         )
 
     def _byte_level_bpe(self) -> Backend:
-        kind = self._config.get("tokenizer_class", "").removesuffix("Fast")
+        kind = str(self._config.get("tokenizer_class", "")).removesuffix("Fast")
         if kind not in _PRE_TOKENIZERS:
             raise ValueError(
                 f"{self._path} has vocab.json and merges.txt, but no tokenizer.json, which is needed for "
@@ -116,12 +119,19 @@ class TokenizerFiles:
         return backend
 
     def _added_tokens(self) -> list[tuple[int, AddedToken]]:
-        entries = self._config.get("added_tokens_decoder", {})
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        return [
-            (int(index), AddedToken(entry["content"], **{flag: entry.get(flag, False) for flag in flags}))
-            for index, entry in sorted(entries.items(), key=lambda item: int(item[0]))
-        ]
+        try:
+            entries = {
+                int(index): entry for index, entry in self._config.get("added_tokens_decoder", {}).items()
+            }
+            return [
+                (index, AddedToken(entry["content"], **{flag: entry.get(flag, False) for flag in flags}))
+                for index, entry in sorted(entries.items())
+            ]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self._path}: added_tokens_decoder in tokenizer_config.json is malformed: {error!r}"
+            ) from error
 
     def _named(self) -> dict[str, str]:
         """Tokens with a role: a string, or an object with its flags."""
@@ -147,7 +157,10 @@ class TokenizerFiles:
         ids: list[int] = []
         for name in ("generation_config.json", "config.json"):
             value = self._json(name).get(key)
-            ids += [value] if isinstance(value, int) else value or []
+            listed = value if isinstance(value, list) else [] if value is None else [value]
+            if any(type(index) is not int or not -1 <= index < 2**31 for index in listed):
+                raise ValueError(f"{self._path / name} has {key}={value!r}; ids of tokens were expected")
+            ids += [index for index in listed if index >= 0]  # some files write -1 for none
         return ids
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -155,7 +168,7 @@ class TokenizerFiles:
             return {}
         try:
             value = json.loads(self._text(name))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self._path / name} is not JSON: {error}") from error
         if not isinstance(value, dict):
             raise ValueError(f"{self._path / name} must hold a JSON object, not {type(value).__name__}")

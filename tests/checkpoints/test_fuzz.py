@@ -1,27 +1,37 @@
 """Mutated files: an error or the right model each time, no crash, no hang, no memory beyond the file's size.
 
-500 files by default; JAXOPT_FUZZ=10000 for more. The seed of a failing file is in the message.
+500 files of tensors and 500 of JSON by default; JAXOPT_FUZZ=10000 for more. The seed of a failing file is in the
+message.
 """
 
 import copy
+import dataclasses
+import itertools
 import json
 import os
 import random
 import signal
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gguf as reference_gguf
+import jax
 import numpy as np
 import pytest
 import safetensors
+from flax import nnx
 
+import jaxopt_llm as jo
 from jaxopt_llm.checkpoints import blocks, gguf
 from jaxopt_llm.checkpoints import safetensors as st
 from jaxopt_llm.checkpoints.files import CheckpointError, TensorSource
+from jaxopt_llm.models import ModelConfig, Transformer, weights
+from jaxopt_llm.models.families import parse_config
+from jaxopt_llm.text import Tokenizer
+from tests import families
 
 CASES = int(os.environ.get("JAXOPT_FUZZ", "500"))
 SPARE = 4 << 20  # bytes a reader may take beyond the file's size: a piece in float32 and its temporaries
@@ -177,13 +187,127 @@ def test_index(tmp_path, seed):
     st.write(tmp_path, [(n, a.shape, a.dtype, a) for n, a in arrays.items()], max_shard_bytes=70)
     path = tmp_path / st.INDEX
     index = json.loads(path.read_text())
+    accepted = 0
     for case in range(CASES // 10):
         rng = random.Random(f"{seed} {case}")
         text = json.dumps(mutate_json(index, rng)).encode()
         path.write_bytes(mutate_bytes(text, len(text), rng) if case % 2 else text)
         values = read(st.open_directory, tmp_path, 10_000)
+        accepted += values is not None
         for name, array in (values or {}).items():
             np.testing.assert_array_equal(array, arrays[name], err_msg=f"{seed=} {case=}")
+    assert 0.01 < accepted / (CASES // 10) < 0.5
+
+
+def mutants(path: Path, seed: int) -> Iterator[str]:
+    """Writes mutations of a JSON file in its place, one after the other, and says which."""
+    original = json.loads(path.read_text())
+    for case in range(CASES // 4):
+        rng = random.Random(f"{path.name} {seed} {case}")
+        text = json.dumps(mutate_json(original, rng)).encode()
+        path.write_bytes(mutate_bytes(text, len(text), rng) if case % 4 == 3 else text)
+        yield f"{path.name} {seed=} {case=}: {path.read_bytes()!r}"
+
+
+def attempt(load: Callable[[], Any], case: str) -> Any:
+    """What is loaded, or None if it is refused in one printable line."""
+    try:
+        return load()
+    except ValueError as error:
+        message = str(error).encode()
+    assert b"\n" not in message, case
+    return None
+
+
+def within(told: Any, written: Any) -> bool:
+    """Whether all that one tree says stands in another."""
+    if not isinstance(told, dict):
+        return told == written
+    return all(key in written and within(value, written[key]) for key, value in told.items())
+
+
+def said(values: Mapping[str, Any], fields: Mapping[str, str], config: ModelConfig) -> bool:
+    """Whether a config has what the file says, where it says it."""
+    told = {field: values[key] for key, field in fields.items() if values.get(key) is not None}
+    return all(getattr(config, field) == value for field, value in told.items())
+
+
+@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gemma3_text"])
+def test_config_json(tmp_path, name, seed):
+    """A model that loads has the file's settings, the weights of before, and a forward."""
+    families.write(name, tmp_path)
+    original = jo.load(tmp_path)[0]
+    expected = weights(original)
+    fields = {"vocab_size": "vocab_size", "num_hidden_layers": "num_layers", "rms_norm_eps": "norm_eps"}
+    fields |= {"tie_word_embeddings": "tied", "max_position_embeddings": "max_seq_len"}
+    accepted = 0
+    for case in itertools.islice(mutants(tmp_path / "config.json", seed), CASES // 8):
+        loaded = attempt(lambda: jo.load(tmp_path), case)
+        if loaded:
+            accepted += 1
+            model, values = loaded[0], weights(loaded[0])
+            assert said(json.loads((tmp_path / "config.json").read_bytes()), fields, model.config), case
+            assert values.keys() == expected.keys(), case
+            assert all(np.array_equal(values[key], expected[key]) for key in expected), case
+            if model.config != original.config:
+                check_forward(model)
+    assert 0.1 < accepted / (CASES // 8) < 0.9
+
+
+def check_forward(model: Transformer) -> None:
+    logits = jax.eval_shape(lambda tokens: model(tokens), jax.ShapeDtypeStruct((1, 3), np.int32))
+    assert logits.shape == (1, 3, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_jaxopt_llm_json(tmp_path, seed):
+    """The config is the file's, and weights are those that were saved, whatever the file says of them."""
+    config = dataclasses.replace(parse_config(families.LLAMA), num_layers=1, windows=(None,), vocab_size=16)
+    model = jo.quantize(Transformer(config, rngs=nnx.Rngs(0)), "int8")
+    jo.save(model, None, tmp_path / "saved")
+    accepted = 0
+    for case in mutants(tmp_path / "saved" / "jaxopt_llm.json", seed):
+        loaded = attempt(lambda: jo.load(tmp_path / "saved"), case)
+        if loaded:
+            accepted += 1
+            told = json.loads((tmp_path / "saved" / "jaxopt_llm.json").read_bytes())["config"]
+            written = json.loads(json.dumps(loaded[0].config.to_json()))
+            assert within(told, written), case
+            for key, value in weights(loaded[0]).items():
+                wanted = weights(model)[key]
+                assert all(map(np.array_equal, jax.tree.leaves(value), jax.tree.leaves(wanted))), case
+            check_forward(loaded[0])
+    assert 0.01 < accepted / (CASES // 4) < 0.5
+
+
+@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_tokenizer_files(tmp_path, name, seed, data_dir):
+    """A tokenizer that loads gives text back, and ends where the files say."""
+    _, tokenizer = jo.load(data_dir / "stories260K.gguf")
+    tokenizer.save(tmp_path)
+    added = {str(i): {"content": f"<{i}>", "special": i % 2 == 0} for i in range(512, 515)}
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {
+        "add_bos_token": True,
+        "added_tokens_decoder": added,
+        "chat_template": [{"name": "default", "template": "x"}],
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(
+        '{"bos_token_id": 1, "eos_token_id": [2, 300], "top_k": 50}'
+    )
+    accepted = 0
+    for case in mutants(tmp_path / name, seed):
+        loaded = attempt(lambda: Tokenizer.from_directory(tmp_path), case)
+        if loaded:
+            accepted += 1
+            assert loaded.decode(loaded.encode("Once upon a time, Zoë")) == "Once upon a time, Zoë", case
+            listed = json.loads((tmp_path / "generation_config.json").read_bytes()).get("eos_token_id") or []
+            ends = set(listed if isinstance(listed, list) else [listed]) - {-1}
+            named = loaded.backend.token_to_id(loaded.special_tokens.get("eos_token", ""))
+            assert ends <= loaded.eos_ids <= ends | {named}, case
+    assert 0.1 < accepted / (CASES // 4) < 0.9
 
 
 def gguf_file(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Hugging Face directories that we write: read back they are the same model. transformers: `tests/parity/`."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from safetensors.numpy import load_file
 import jaxopt_llm as jo
 from jaxopt_llm import checkpoints
 from jaxopt_llm.kernels import QArray
-from jaxopt_llm.models import weights
+from jaxopt_llm.models import abstract, weights
+from jaxopt_llm.models.families import parse_config, write_config
 from tests import families
 
 
@@ -58,6 +60,76 @@ def test_quantized_weights_become_the_floats_they_stand_for(source, tmp_path):
     for name, value in weights(small).items():
         expected = value.dequantize() if isinstance(value, QArray) else value
         np.testing.assert_allclose(values[name], expected, rtol=1e-7, err_msg=name)
+
+
+LOCAL_LINEAR = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        "sliding_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
+    },
+    "rope_scaling": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma2", {"hidden_activation": "gelu"}),
+        ("gemma3_text", {"hidden_activation": "gelu"}),
+        ("gemma3_text", LOCAL_LINEAR),
+        ("gemma2", {"query_pre_attn_scalar": 23.7}),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "sliding_window": 8}
+         | {"use_sliding_window": True}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}),
+        ("llama", {"eos_token_id": None}),
+        ("llama", {"eos_token_id": [2, 3]}),
+    ],
+)  # fmt: skip
+def test_configs_come_back(name, changes):
+    config = parse_config(families.TINY[name] | changes)
+    assert parse_config(write_config(config, "float32")) == config
+
+
+def test_no_end_token_is_null():
+    config = parse_config(families.LLAMA | {"eos_token_id": None})
+    assert write_config(config, "float32")["eos_token_id"] is None
+
+
+def test_a_uniform_mistral_stays_one():
+    """transformers takes a mistral with `layer_types` for a ministral."""
+    assert "layer_types" not in write_config(parse_config(families.MISTRAL), "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "qwen3_moe",
+            {"windows": (None, 8, None)},
+            r"qwen3_moe models cannot have windows=\(None, 8, None\)",
+        ),
+        ("mixtral", {"windows": (8, None, 8)}, r"mixtral models cannot have windows=\(8, None, 8\)"),
+        ("mistral", {"windows": (8, 16, 8, 16)}, r"mistral models cannot have windows=\(8, 16, 8, 16\)"),
+        (
+            "llama",
+            {"query_scale": 0.5, "logit_softcap": 3.0},
+            "cannot have query_scale=0.5, logit_softcap=3.0",
+        ),
+        (
+            "qwen2",
+            {"activation": "gelu", "o_bias": True},
+            "qwen2 models cannot have o_bias=True; keep our own",
+        ),
+        ("gemma3_text", {"rope_local": None}, "cannot have rope_local=None"),
+    ],
+)
+def test_what_would_be_lost_is_refused(tmp_path, name, changes, message):
+    config = dataclasses.replace(parse_config(families.TINY[name]), **changes)
+    with pytest.raises(ValueError, match=message):
+        checkpoints.export_hf(abstract(config), None, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
 
 
 def test_dtype_is_the_models(model, tmp_path):

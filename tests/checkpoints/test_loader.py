@@ -1,5 +1,6 @@
 """Loading: whole or shard by shard, in any type, from any kind of checkpoint."""
 
+import json
 import re
 
 import jax
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxopt_llm as jo
 from jaxopt_llm import checkpoints
+from jaxopt_llm.checkpoints import CheckpointError
 from jaxopt_llm.kernels import QArray
 from jaxopt_llm.models import Transformer, weights
 from jaxopt_llm.models.families import parse_config
@@ -148,10 +150,51 @@ def test_a_tied_checkpoint_may_repeat_the_embedding(tmp_path):
     assert_same(jo.load(directory)[0], expected)
 
 
-def test_the_tower_of_a_multimodal_checkpoint_is_skipped_and_named(tmp_path, caplog):
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_a_tied_checkpoint_with_another_head_is_refused(tmp_path, dtype):
+    """transformers 4 drops that head, 5 uses it; one value in the last row is enough."""
+    directory = export(tmp_path / "model", tie_word_embeddings=True)
+    tensors = load_file(directory / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].astype(dtype)
+    head[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": head}, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"true, but 'lm_head.weight' is not 'model\.embed"):
+        jo.load(directory)
+    save_file(tensors | {"lm_head.weight": head[:-1]}, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match="tie_word_embeddings is true"):
+        jo.load(directory)
+
+
+def test_the_tower_of_a_multimodal_checkpoint_is_skipped_and_named(tmp_path):
     families.write("gemma3", tmp_path)
-    jo.load(tmp_path)
-    assert "loaded the text model, skipped multi_modal_projector, vision_tower" in caplog.text
+    with pytest.warns(
+        UserWarning, match="loaded the text model, skipped multi_modal_projector, vision_tower"
+    ):
+        jo.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_stored_frequencies_of_the_rope_are_dropped_without_a_word(tmp_path, name):
+    """They repeat what the config says; a warning would fail this test."""
+    families.write(name, tmp_path)
+    expected, _ = jo.load(tmp_path)
+    tensors = families.weights(name) | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(jo.load(tmp_path)[0], expected)
+
+
+def test_an_untied_head_of_a_multimodal_checkpoint_is_read(tmp_path):
+    families.write("gemma3", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+    tensors = families.weights("gemma3")
+    head = tensors["language_model.model.embed_tokens.weight"] * 2
+    save_file(tensors | {"language_model.lm_head.weight": head}, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="skipped"):
+        model, _ = jo.load(tmp_path)
+    np.testing.assert_array_equal(model.head.weight.get_value(), head)
 
 
 def test_progress_reaches_its_total(wide):

@@ -89,6 +89,16 @@ def test_blocks_of_a_gguf_file_go_through_unchanged(convert, qwen, tmp_path):
         np.testing.assert_array_equal(one, two)
 
 
+def test_a_warning_is_one_line(run_cli, tmp_path):
+    families.write("gemma3", tmp_path / "in")
+    arguments = (f"--model={tmp_path / 'in'}", f"--out={tmp_path / 'out'}", "--format=hf")
+    done = run_cli.subprocess("convert", *arguments)
+    assert done.code == 0, done.stderr
+    (told,) = (line for line in done.stderr.splitlines() if "skipped" in line)
+    assert told.startswith(f"jaxopt-llm: warning: {tmp_path / 'in'}")
+    assert told.endswith(": loaded the text model, skipped multi_modal_projector, vision_tower")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -108,11 +118,12 @@ def test_mistakes_write_nothing(run_cli, qwen, tmp_path, options, message):
 def test_only_checkpoints_are_replaced(run_cli, qwen, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("...")
+    (tmp_path / "thesis" / "config.json").write_text('{"port": 80}')  # thousands of programs write one
     for kind in NAMES:
         done = run_cli("convert", f"--model={qwen}", f"--out={tmp_path / 'thesis'}", f"--format={kind}")
         assert done.code == 2
         assert str(tmp_path / "thesis") in done.stderr
-    assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "chapter.txt"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"thesis", "chapter.txt", "config.json"}
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -102,6 +102,14 @@ def test_unknown_names_are_refused(model, patterns, replace, message):
         jo.capture(model, *patterns, replace=replace)
 
 
+def test_replacement_keeps_the_dtype():
+    """A float32 steering vector leaves the rest of a bfloat16 model in bfloat16."""
+    half = Transformer(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    steer = lambda x: x.astype(jnp.float32) + 1.0
+    _, seen = jo.capture(half, "layers.*", "final_norm", replace={"layers.0": steer})(TOKENS)
+    assert {name: x.dtype for name, x in seen.items()} == dict.fromkeys(seen, jnp.bfloat16)
+
+
 def test_replacement_must_keep_the_shape(model):
     with pytest.raises(ValueError, match=r"the replacement of layers.1 gave shape \(2, 9, 3\)"):
         jo.capture(model, replace={"layers.1": lambda x: x[..., :3]})(TOKENS)

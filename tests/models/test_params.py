@@ -1,6 +1,7 @@
 """Parameters as a pytree: in, out, exchanged and on a mesh."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,20 @@ def test_with_weights_leaves_the_original(model):
     changed = with_weights(model, {"embed.weight": jnp.zeros((97, 40))})
     assert abs(changed(TOKENS) - before).max() > 1e-3
     np.testing.assert_array_equal(model(TOKENS), before)
+
+
+def test_with_weights_refuses_what_does_not_fit(model):
+    values = {"embed.wieght": jnp.zeros((97, 40)), "final_norm.weight": jnp.zeros(7)}
+    with pytest.raises(ValueError, match=r"unexpected embed\.wieght \(97, 40\)") as caught:
+        with_weights(model, values)
+    assert "final_norm.weight has shape (7,), the config wants (40,)" in str(caught.value)
+
+
+@pytest.mark.parametrize("tokens", [jnp.arange(3), jnp.zeros((1, 2, 3), int)])
+def test_the_call_wants_rows_of_tokens(model, tokens):
+    call = inspect.unwrap(Transformer.__call__)  # the tests' own type checker would come first
+    with pytest.raises(ValueError, match=r"tokens has shape .*, not \[B, T\]"):
+        call(model, tokens)
 
 
 def test_apply_is_the_call(model):

@@ -145,6 +145,7 @@ def test_vocab_and_merges(tmp_path, shared, wikitext):
         ({"tokenizer.json": "{"}, "tokenizer.json is malformed"),
         ({"tokenizer.json": "{}", "tokenizer_config.json": "[]"}, "must hold a JSON object, not list"),
         ({"tokenizer.json": "{}", "tokenizer_config.json": "{"}, "tokenizer_config.json is not JSON"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": "[" * 9999}, "tokenizer_config.json is not JSON"),
     ],
 )
 def test_what_is_missing_or_malformed(tmp_path, files, message):
@@ -162,7 +163,32 @@ def test_no_directory(tmp_path):
         Tokenizer.from_directory(tmp_path)
 
 
-def test_bad_chat_template(directory):
-    write(directory, "tokenizer_config.json", {"chat_template": 3})
-    with pytest.raises(ValueError, match=r"chat_template in tokenizer_config.json is int"):
+@pytest.mark.parametrize("value", [3, [{"name": [], "template": "x"}], [{"name": "default", "template": 3}]])
+def test_bad_chat_template(directory, value):
+    write(directory, "tokenizer_config.json", {"chat_template": value})
+    with pytest.raises(ValueError, match=r"chat_template in tokenizer_config.json is (int|list)"):
         Tokenizer.from_directory(directory)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[1], {"512": {}}, {"512": 7}, {"x": {"content": "a"}}, {"512": {"content": "a", "special": "no"}}],
+)
+def test_bad_added_tokens(directory, value):
+    write(directory, "tokenizer_config.json", {"added_tokens_decoder": value})
+    with pytest.raises(ValueError, match=r"added_tokens_decoder in .* is malformed"):
+        Tokenizer.from_directory(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["abc", 1.5, 2**31, 2**100, [2, "3"], True, {}, -2])
+def test_ids_that_are_none(directory, name, value):
+    write(directory, name, {"eos_token_id": value})
+    with pytest.raises(ValueError, match=rf"{name} has eos_token_id=.*; ids of tokens were expected"):
+        Tokenizer.from_directory(directory)
+
+
+def test_minus_one_is_no_id(directory):
+    write(directory, "config.json", {"eos_token_id": [2, -1], "pad_token_id": -1})
+    tokenizer = Tokenizer.from_directory(directory)
+    assert (tokenizer.eos_ids, tokenizer.pad_id) == ({2}, None)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxopt_llm.cache import cache_folder
 from jaxopt_llm.checkpoints import gguf
-from jaxopt_llm.checkpoints.resolve import ALIASES, _cache
+from jaxopt_llm.checkpoints.resolve import ALIASES
 from jaxopt_llm.text import Tokenizer
 
 # Of wikitext.txt's ids, from `benchmarks/tokenizer_agreement.py`, which found them equal to llama.cpp's.
@@ -34,7 +35,7 @@ def test_ids_are_llama_cpps(name, wikitext, request):
 
 def test_ids_are_llama_cpps_for_gemma3(wikitext):
     """262,144 pieces; only where the model has been downloaded."""
-    path = _cache() / ALIASES["gemma3-270m"].file
+    path = cache_folder() / ALIASES["gemma3-270m"].file
     if not path.is_file():
         pytest.skip("gemma3-270m is not in the cache")
     with gguf.open_file(path) as file:

@@ -16,7 +16,7 @@ from jaxopt_llm.models.families import (
     qwen3,
     qwen3_moe,
 )
-from jaxopt_llm.models.family import Family, rope_to_hf
+from jaxopt_llm.models.family import Family, activation_to_hf, rope_to_hf
 
 _MODULES = (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma2, gemma3, gpt_oss, olmo2)
 FAMILIES: Mapping[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
@@ -36,17 +36,13 @@ def family(name: str) -> Family:
 def parse_config(values: Mapping[str, Any]) -> ModelConfig:
     """A `ModelConfig` from the contents of a `config.json`, multimodal wrappers around a text model included."""
     if values.get("model_type") == "gemma3" and "text_config" in values:
-        outer = {
-            key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in values
-        }
-        values = gemma3.TEXT_DEFAULTS | values["text_config"] | outer
+        values = gemma3.text_values(values)
     return family(str(values.get("model_type"))).parse(values)
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The `config.json` that transformers reads, `parse_config` back."""
     kind = family(config.family)
-    activation = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation]
     common = {
         "architectures": [kind.architecture],
         "model_type": kind.name,
@@ -61,10 +57,10 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope.theta,
         "rope_scaling": None if config.rope.kind == "default" else rope_to_hf(config.rope),
-        "hidden_act": activation,
+        "hidden_act": activation_to_hf(config),
         "tie_word_embeddings": config.tied,
         "bos_token_id": config.bos_id,
-        "eos_token_id": list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0],
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
         "pad_token_id": config.pad_id,
         "torch_dtype": dtype,
     }

@@ -1,14 +1,22 @@
 """Gemma 2 (arXiv:2408.00118): soft-caps, norms on both sides, every other layer local."""
 
+import math
 from typing import Any
 
 from jaxopt_llm.models.config import ModelConfig
-from jaxopt_llm.models.family import SANDWICH_NORMS, Family, HFConfig, decoder_names
+from jaxopt_llm.models.family import (
+    SANDWICH_NORMS,
+    Family,
+    HFConfig,
+    activation_to_hf,
+    decoder_names,
+    windows_to_hf,
+)
 
 
 def gemma_settings(hf: HFConfig) -> dict[str, Any]:
     """What all Gemmas share."""
-    bias = hf.take("attention_bias", False)
+    bias = hf.flag("attention_bias", False)
     name = hf.take("hidden_act", "gelu_pytorch_tanh")
     return {
         "qkv_bias": bias,
@@ -16,32 +24,29 @@ def gemma_settings(hf: HFConfig) -> dict[str, Any]:
         "activation": hf.activation(hf.take("hidden_activation", name)),
         "norm_offset": 1.0,
         "post_norm": True,
-        "query_scale": hf.take("query_pre_attn_scalar", 256) ** -0.5,
-        "attention_softcap": hf.take("attn_logit_softcapping", None),
-        "logit_softcap": hf.take("final_logit_softcapping", None),
+        "query_scale": hf.number("query_pre_attn_scalar", 256) ** -0.5,
+        "attention_softcap": hf.number("attn_logit_softcapping", None),
+        "logit_softcap": hf.number("final_logit_softcapping", None),
         "scale_embedding": True,
-        "tied": hf.take("tie_word_embeddings", True),
+        "tied": hf.flag("tie_word_embeddings", True),
     }
 
 
 def gemma_keys(config: ModelConfig) -> dict[str, Any]:
     """`gemma_settings` back."""
-    window = next((w for w in config.windows if w is not None), None)
-    assert config.query_scale
-    scalar = round(config.query_scale**-2, 6)
-    return {
+    scalar = (config.query_scale or config.head_dim**-0.5) ** -2
+    whole = round(scalar)  # transformers wants an int
+    return windows_to_hf(config) | {
         "attention_bias": config.o_bias,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,  # transformers wants an int
+        "hidden_activation": activation_to_hf(config),
+        "query_pre_attn_scalar": whole if math.isclose(whole, scalar, rel_tol=1e-9) else scalar,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
-        "sliding_window": window,
-        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in config.windows],
     }
 
 
 def _read(hf: HFConfig) -> ModelConfig:
-    windows = hf.windows(lambda i: i % 2 == 0, hf.take("sliding_window", 4096))
+    windows = hf.windows(lambda i: i % 2 == 0, hf.count("sliding_window", 4096))
     return hf.decoder("gemma2", windows=windows, **gemma_settings(hf))
 
 

@@ -3,23 +3,23 @@
 from typing import Any
 
 from jaxopt_llm.models.config import Experts, ModelConfig
-from jaxopt_llm.models.family import Family, HFConfig, Source, decoder_names
+from jaxopt_llm.models.family import Family, HFConfig, Source, decoder_names, windows_to_hf
 
 
 def _read(hf: HFConfig) -> ModelConfig:
-    bias = hf.take("attention_bias", True)
-    quantization = hf.take("quantization_config", {"quant_method": "mxfp4"})
-    if quantization.get("quant_method") != "mxfp4":
-        raise ValueError(f"config.json has quant_method {quantization.get('quant_method')!r}; only 'mxfp4'")
+    bias = hf.flag("attention_bias", True)
+    method = hf.table("quantization_config").get("quant_method", "mxfp4")
+    if method != "mxfp4":
+        raise ValueError(f"config.json has quant_method {method!r}; only 'mxfp4'")
     hf.take("initial_context_length", None)  # repeats rope_scaling's original_max_position_embeddings
-    per_token = hf.take("num_experts_per_tok", None) or hf.take("experts_per_token")
+    per_token = hf.count("num_experts_per_tok", None) or hf.count("experts_per_token")
     hf.expect("experts_per_token", per_token)
     hf.expect("swiglu_alpha", 1.702)
     experts = Experts(
-        count=hf.take("num_local_experts"),
+        count=hf.count("num_local_experts"),
         per_token=per_token,
-        d_ff=hf.take("intermediate_size"),
-        layers=(True,) * hf.take("num_hidden_layers"),
+        d_ff=hf.count("intermediate_size"),
+        layers=(True,) * hf.layers(),
         bias=True,
     )
     return hf.decoder(
@@ -27,21 +27,19 @@ def _read(hf: HFConfig) -> ModelConfig:
         qkv_bias=bias,
         o_bias=bias,
         attention_sinks=True,
-        windows=hf.windows(lambda i: i % 2 == 0, hf.take("sliding_window", 128)),
-        swiglu_limit=hf.take("swiglu_limit", 7.0),
+        windows=hf.windows(lambda i: i % 2 == 0, hf.count("sliding_window", 128)),
+        swiglu_limit=hf.number("swiglu_limit", 7.0),
         experts=experts,
     )
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     assert config.experts
-    return {
+    return windows_to_hf(config) | {
         "attention_bias": config.o_bias,
         "num_local_experts": config.experts.count,
         "num_experts_per_tok": config.experts.per_token,
         "experts_per_token": config.experts.per_token,
-        "sliding_window": next((w for w in config.windows if w is not None), None),
-        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in config.windows],
         "swiglu_limit": config.swiglu_limit,
     }
 

@@ -7,8 +7,8 @@ from jaxopt_llm.models.family import Family, HFConfig, decoder_names
 
 
 def _read(hf: HFConfig) -> ModelConfig:
-    bias = hf.take("attention_bias", False)
-    return hf.decoder("llama", qkv_bias=bias, o_bias=bias, mlp_bias=hf.take("mlp_bias", False))
+    bias = hf.flag("attention_bias", False)
+    return hf.decoder("llama", qkv_bias=bias, o_bias=bias, mlp_bias=hf.flag("mlp_bias", False))
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

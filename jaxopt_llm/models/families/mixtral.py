@@ -8,12 +8,12 @@ from jaxopt_llm.models.family import Family, HFConfig, decoder_names
 
 def _read(hf: HFConfig) -> ModelConfig:
     experts = Experts(
-        count=hf.take("num_local_experts"),
-        per_token=hf.take("num_experts_per_tok"),
-        d_ff=hf.take("intermediate_size"),
-        layers=(True,) * hf.take("num_hidden_layers"),
+        count=hf.count("num_local_experts"),
+        per_token=hf.count("num_experts_per_tok"),
+        d_ff=hf.count("intermediate_size"),
+        layers=(True,) * hf.layers(),
     )
-    windows = hf.windows(lambda i: True, hf.take("sliding_window", None))
+    windows = hf.one_window(hf.count("sliding_window", None))
     return hf.decoder("mixtral", windows=windows, experts=experts)
 
 

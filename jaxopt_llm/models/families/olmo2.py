@@ -7,7 +7,7 @@ from jaxopt_llm.models.family import QK_NORMS, Family, HFConfig, decoder_names
 
 
 def _read(hf: HFConfig) -> ModelConfig:
-    bias = hf.take("attention_bias", False)
+    bias = hf.flag("attention_bias", False)
     return hf.decoder("olmo2", qkv_bias=bias, o_bias=bias, pre_norm=False, post_norm=True, qk_norm="width")
 
 

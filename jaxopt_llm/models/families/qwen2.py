@@ -3,20 +3,19 @@
 from typing import Any
 
 from jaxopt_llm.models.config import ModelConfig
-from jaxopt_llm.models.family import Family, HFConfig, decoder_names
+from jaxopt_llm.models.family import Family, HFConfig, decoder_names, windows_to_hf
 
 
 def qwen_windows(hf: HFConfig) -> tuple[int | None, ...]:
     """Layers from `max_window_layers` on slide, if `use_sliding_window`."""
-    window, first = hf.take("sliding_window", None), hf.take("max_window_layers", 28)
-    return hf.windows(lambda i: i >= first, window if hf.take("use_sliding_window", False) else None)
+    slides, window = hf.flag("use_sliding_window", False), hf.count("sliding_window", None)
+    first = hf.count("max_window_layers", 28, least=0)
+    return hf.windows(lambda i: i >= first, window if slides else None)
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
     """`qwen_windows` back: `layer_types` name the layers."""
-    window = next((w for w in config.windows if w is not None), None)
-    types = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
-    return {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": types}
+    return {"use_sliding_window": any(config.windows)} | windows_to_hf(config)
 
 
 def _read(hf: HFConfig) -> ModelConfig:

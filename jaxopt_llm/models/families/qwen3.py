@@ -8,7 +8,7 @@ from jaxopt_llm.models.family import QK_NORMS, Family, HFConfig, decoder_names
 
 
 def _read(hf: HFConfig) -> ModelConfig:
-    bias = hf.take("attention_bias", False)
+    bias = hf.flag("attention_bias", False)
     return hf.decoder("qwen3", qk_norm="head", qkv_bias=bias, o_bias=bias, windows=qwen_windows(hf))
 
 

@@ -7,25 +7,25 @@ from jaxopt_llm.models.family import QK_NORMS, Family, HFConfig, decoder_names
 
 
 def _read(hf: HFConfig) -> ModelConfig:
-    bias = hf.take("attention_bias", False)
-    step, dense = hf.take("decoder_sparse_step", 1), hf.take("mlp_only_layers", [])
-    layers = range(hf.take("num_hidden_layers"))
+    bias = hf.flag("attention_bias", False)
+    step, dense = hf.count("decoder_sparse_step", 1), hf.listed("mlp_only_layers", [])
+    layers = range(hf.layers())
     experts = Experts(
-        count=hf.take("num_experts", None) or hf.take("num_local_experts"),
-        per_token=hf.take("num_experts_per_tok"),
-        d_ff=hf.take("moe_intermediate_size"),
+        count=hf.count("num_experts", None) or hf.count("num_local_experts"),
+        per_token=hf.count("num_experts_per_tok"),
+        d_ff=hf.count("moe_intermediate_size"),
         layers=tuple(i not in dense and (i + 1) % step == 0 for i in layers),
-        renormalize=hf.take("norm_topk_prob", False),
+        renormalize=hf.flag("norm_topk_prob", False),
     )
-    slides = hf.take("use_sliding_window", False)
+    slides = hf.flag("use_sliding_window", False)
     hf.take("max_window_layers", None)  # read by nobody in this family: its window is for all layers or none
-    window = hf.take("sliding_window", None)
+    window = hf.count("sliding_window", None)
     return hf.decoder(
         "qwen3_moe",
         qk_norm="head",
         qkv_bias=bias,
         o_bias=bias,
-        windows=hf.windows(lambda i: True, window if slides else None),
+        windows=hf.one_window(window if slides else None),
         experts=experts,
     )
 
