@@ -22,7 +22,7 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
 def main(argv: Sequence[str]) -> None:
     params = SamplingParams(**SAMPLING.value)
     model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
-    conversation = Conversation(Engine(model, tokenizer, EngineConfig(max_slots=1)), params)
+    conversation = Conversation(Engine(model, tokenizer, EngineConfig(max_slots=1), consume=True), params)
     _say(_HELP)
     while (line := _read()) is not None:
         match line.strip():

@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     prompt: Prompt = [{"role": "user", "content": PROMPT.value}] if CHAT.value else PROMPT.value
     length = len(encode(prompt, tokenizer, model.config))
     config = EngineConfig.fitting(model.config, requests=1, tokens=length + params.max_tokens)
-    engine = Engine(model, tokenizer, config)
+    engine = Engine(model, tokenizer, config, consume=True)
     engine.warm_up(prompt_tokens=length, rows=1, full=params.needs_full)
     result = stream(engine, prompt, params, quiet=JSON.value)
     if result.error:

@@ -80,6 +80,8 @@ class Engine:
       tokenizer: may be None where prompts are token ids and no text is wanted.
       config: sizes.
       processors: JAX functions `(logits [B, V], last tokens [B], positions [B]) -> logits`, before sampling.
+      consume: the model's arrays are deleted once they are packed for the kernels, so that no weight is there twice;
+        the model is of no more use.
 
     Raises:
       ValueError: for sizes that do not fit the model, or a processor that fails or changes the logits' shape.
@@ -92,13 +94,14 @@ class Engine:
         config: EngineConfig = EngineConfig(),
         *,
         processors: Sequence[Processor] = (),
+        consume: bool = False,
     ):
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
         self._dtype = model.dtype
         for processor in processors:
             _check(processor, model.config.vocab_size)
         sizes = config.scheduler(model.config)
-        self._runner = Runner(model, sizes, config.kv_dtype(model.dtype), processors)
+        self._runner = Runner(model, sizes, config.kv_dtype(model.dtype), processors, consume=consume)
         self._loop = Loop(self._runner, sizes, model.config.vocab_size)
         self._numbers = itertools.count()
         self._seeds = np.random.default_rng()

@@ -28,6 +28,7 @@ class Runner:
       sizes: slots and pages of each data shard.
       cache_dtype: of keys and values.
       processors: as `Program` has them.
+      consume: delete the model's arrays once they are packed.
 
     Raises:
       ValueError: for a mesh that splits another axis.
@@ -39,11 +40,15 @@ class Runner:
         sizes: SchedulerConfig,
         cache_dtype: jnp.dtype,
         processors: Sequence[Processor] = (),
+        *,
+        consume: bool = False,
     ):
         self._model_config, self._sizes, self._cache_dtype = model.config, sizes, cache_dtype
         self._processors = tuple(processors)
         self._mesh = _mesh(model)
         self._skeleton, self._leaves = self._pack(model)
+        if consume:
+            _delete(model, self._leaves)
         self._state = self._initial()
 
     @property
@@ -123,6 +128,15 @@ class Runner:
         return jax.jit(
             jax.shard_map(function, mesh=self._mesh, in_specs=(), out_specs=HELD, check_vma=False)
         )()
+
+
+def _delete(model: Transformer, kept: Sequence[Array]) -> None:
+    """Frees the arrays of a model, but for those that lie where one that is kept lies."""
+    place = lambda array: array.addressable_shards[0].data.unsafe_buffer_pointer()
+    places = set(map(place, kept))
+    for leaf in jax.tree.leaves(weights(model)):
+        if place(leaf) not in places:
+            leaf.delete()
 
 
 def _partition(leaf: Array) -> PartitionSpec:

@@ -7,6 +7,7 @@ import pytest
 
 import jaxopt_llm as jo
 from jaxopt_llm.engine import Engine, SamplingParams
+from jaxopt_llm.models import weights
 
 LILY = "Once upon a time, there was a little girl named Lily."
 
@@ -143,3 +144,14 @@ def test_bad_calls(stories, engine):
         Engine(model, processors=[lambda logits: logits])
     with pytest.raises(ValueError, match=r"logits processor <lambda> gives None; it must give"):
         Engine(model, processors=[lambda logits, tokens, positions: None])
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_consumed_model_is_freed_and_goes_on_in_the_engine(stories, data_dir, quantize):
+    model, tokenizer = stories
+    own, _ = jo.load(data_dir / "stories260K.gguf", quantize=quantize)
+    expected = greedy(Engine(jo.quantize(model, quantize) if quantize else model, tokenizer), [LILY])
+    consuming = Engine(own, tokenizer, consume=True)
+    assert greedy(consuming, [LILY])[0].token_ids == expected[0].token_ids
+    freed = [leaf.is_deleted() for leaf in jax.tree.leaves(weights(own))]
+    assert any(freed) == (quantize is not None)
