@@ -1,14 +1,11 @@
 """A model whose weights lie as the platform's kernels want them, fused with their neighbours: what the engine runs."""
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxopt_llm import kernels
-from jaxopt_llm.kernels import Packed, Weight
+from jaxopt_llm.kernels import Packed
 from jaxopt_llm.models.layers import Fused, Linear, Norm, weights
 from jaxopt_llm.models.transformer import Layer, Transformer
 
@@ -34,7 +31,7 @@ def packed(model: Transformer) -> Transformer:
         if isinstance(part, Norm):
             part.kernel = True
     top = model.embed if model.config.tied else model.head
-    top.weight = nnx.Param(_pack(top.weight.get_value()))
+    top.weight = nnx.Param(kernels.pack([top.weight.get_value()]))
     return model
 
 
@@ -45,7 +42,7 @@ def _pack_attention(layer: Layer) -> None:
     attention.qkv = nnx.data(Fused(_fuse(attention.q, attention.k, attention.v, norm=layer.attention_norm)))
     attention.q = attention.k = attention.v = None  # type: ignore[assignment]
     layer.attention_norm = None
-    attention.o.weight = nnx.Param(_pack(attention.o.weight.get_value()))
+    attention.o.weight = nnx.Param(kernels.pack([attention.o.weight.get_value()]))
 
 
 def _pack_mlp(layer: Layer) -> None:
@@ -53,17 +50,14 @@ def _pack_mlp(layer: Layer) -> None:
     mlp.gate_up = nnx.data(Fused(_fuse(mlp.gate, mlp.up, norm=layer.mlp_norm, gate=mlp.activation)))
     mlp.gate = mlp.up = None  # type: ignore[assignment]
     layer.mlp_norm = None
-    mlp.down.weight = nnx.Param(_pack(mlp.down.weight.get_value()))
+    mlp.down.weight = nnx.Param(kernels.pack([mlp.down.weight.get_value()]))
 
 
 def _fuse(*parts: Linear, norm: Norm | None, gate: str | None = None) -> Packed:
     weights = [part.weight.get_value() for part in parts]
     biases = [part.bias.get_value() for part in parts if part.bias is not None]
-    gain = None if norm is None else norm.weight.get_value().astype(jnp.float32) + norm.offset
-    eps = 0.0 if norm is None else norm.eps
-    return _pack(*weights, bias=jnp.concatenate(biases) if biases else None, gain=gain, eps=eps, gate=gate)
-
-
-@functools.partial(jax.jit, static_argnames=("eps", "gate"))
-def _pack(*weights: Weight, bias: Any = None, gain: Any = None, eps: float = 0.0, gate: Any = None) -> Packed:
-    return kernels.pack(weights, bias=bias, norm=None if gain is None else (gain, eps), gate=gate)
+    bias = jnp.concatenate(biases) if biases else None
+    if norm is None:
+        return kernels.pack(weights, bias=bias, gate=gate)
+    gain = norm.weight.get_value().astype(jnp.float32) + norm.offset
+    return kernels.pack(weights, bias=bias, norm=(gain, norm.eps), gate=gate)

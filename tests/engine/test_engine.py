@@ -153,5 +153,5 @@ def test_a_consumed_model_is_freed_and_goes_on_in_the_engine(stories, data_dir, 
     expected = greedy(Engine(jo.quantize(model, quantize) if quantize else model, tokenizer), [LILY])
     consuming = Engine(own, tokenizer, consume=True)
     assert greedy(consuming, [LILY])[0].token_ids == expected[0].token_ids
-    freed = [leaf.is_deleted() for leaf in jax.tree.leaves(weights(own))]
-    assert any(freed) == (quantize is not None)
+    freed = [leaf.is_deleted() for leaf in jax.tree.leaves(weights(own)) if leaf.ndim == 2]
+    assert any(freed) == (quantize is not None)  # floats stay where they are

@@ -1,6 +1,7 @@
 """Quantized weights in the order in which the CPU kernels read them. `linear.h` describes it for C++."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -82,6 +83,7 @@ def fits(weights: Sequence[Weight]) -> TypeGuard[Sequence[QArray]]:
     )
 
 
+@functools.partial(jax.jit, static_argnames="paired")
 def pack(weights: Sequence[QArray], *, paired: bool) -> Panels:
     """Panels of weights that fit; `paired` takes two of equal shape."""
     first = weights[0]
