@@ -210,28 +210,15 @@ class Engine:
           full: with every optional part, else without any.
           progress: called with (programs compiled, of all).
         """
-        sizes = self._loop.sizes
-        shapes = [(sizes.max_slots, tokens) for tokens in self._token_buckets(prompt_tokens)]
-        most = inputs.row_bucket(rows or sizes.max_slots, sizes.max_slots)
-        decoding = sorted({inputs.row_bucket(n, most) for n in range(1, most + 1)})
-        shapes += [(n, n) for n in decoding if rows is None or n == most]
+        shapes = inputs.shapes(self._loop.sizes, prompt_tokens=prompt_tokens, rows=rows, full=full)
         with self._lock:
-            for done, (count, tokens) in enumerate(shapes):
+            for done, shape in enumerate(shapes):
                 if progress:
                     progress(done, len(shapes))
-                self._loop.warm_up(count, tokens, full=full)
+                self._loop.warm_up(shape)
         if progress:
             progress(len(shapes), len(shapes))
         return len(shapes)
-
-    def _token_buckets(self, prompt_tokens: int | None) -> list[int]:
-        """Sizes of the steps that a prompt of this length takes, or any prompt."""
-        most = self._loop.sizes.max_tokens_per_step
-        if prompt_tokens is None:
-            lengths = list(range(1, most + 1))
-        else:
-            lengths = [min(most, prompt_tokens - start) for start in range(0, prompt_tokens, most)]
-        return sorted({inputs.token_bucket(n, most) for n in lengths})
 
     def _ask_all(self, asked: Sequence[tuple[list[int], SamplingParams | None, Wanted]]) -> list[Generation]:
         """All or none: a mistake in one leaves nothing behind."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxopt_llm.engine import inputs
 from jaxopt_llm.engine.generation import Generation
+from jaxopt_llm.engine.inputs import Shape
 from jaxopt_llm.engine.plan import Metrics, Plan
 from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerConfig
@@ -91,18 +92,13 @@ class Loop:
             self._failure = error
             raise
 
-    def warm_up(self, rows: int, tokens: int, *, full: bool) -> None:
-        """Compiles the program of this size: see `inputs.idle`."""
+    def warm_up(self, shape: Shape) -> None:
+        """Compiles the program of this shape: see `inputs.idle`."""
         sizes = self.sizes
         pages = -(-sizes.max_seq_len // sizes.page_size)
         table = np.zeros((len(sizes.windows), sizes.max_slots, pages), np.int32)
-        batch = inputs.idle(
-            inputs.Shape(rows, tokens, full),
-            max_slots=sizes.max_slots,
-            page_table=table,
-            vocab_size=self._vocab_size,
-        )
-        self._runner.run([batch] * len(self._schedulers), steps=self._steps(rows, tokens), full=full)
+        batch = inputs.idle(shape, max_slots=sizes.max_slots, page_table=table, vocab_size=self._vocab_size)
+        self._runner.run([batch] * len(self._schedulers), steps=shape.steps, full=shape.full)
 
     def _advance(self) -> None:
         plans = [self._plan(scheduler) for scheduler in self._schedulers]
@@ -123,12 +119,7 @@ class Loop:
             for plan, running in zip(plans, self._running, strict=True)
         ]
         full = any(generation.full for generation in itertools.chain(*generations))
-        shape = inputs.shape(
-            [plan for plan in plans if plan],
-            max_slots=sizes.max_slots,
-            max_tokens=sizes.max_tokens_per_step,
-            full=full,
-        )
+        shape = inputs.shape([plan for plan in plans if plan], sizes, full=full)
         batches = [
             inputs.build(
                 plan or _nothing(self._schedulers[i]),
@@ -139,12 +130,8 @@ class Loop:
             )
             for i, plan in enumerate(plans)
         ]
-        outs = self._runner.run(batches, steps=self._steps(shape.rows, shape.tokens), full=full)
+        outs = self._runner.run(batches, steps=shape.steps, full=full)
         return [_Part(*part) for part in zip(plans, generations, outs, strict=True)]
-
-    def _steps(self, rows: int, tokens: int) -> int:
-        """A program in which every row has one token decodes; in others, one step is all."""
-        return self.sizes.decode_steps if rows == tokens else 1
 
     def _collect(self, parts: Sequence[_Part]) -> None:
         """Gives each request what a dispatch gave it."""
