@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -132,28 +133,31 @@ class Generation:
             self.add(tokens[-1], _logprob(sampled, i, row, self.params.logprobs), now)
         return tokens
 
-    def may_come(self) -> Bool[np.ndarray, "V"] | None:
+    def may_come(self, vocab_size: int) -> Bool[np.ndarray, "V"] | None:
         """Which tokens may come next, None for all; if the request's own function fails, the request does."""
         if self.allowed is None or self.ended:
             return None
         try:
             allowed = self.allowed(self.tokens)
-            return None if allowed is None else np.asarray(allowed, bool)
+            return None if allowed is None else _choice(allowed, vocab_size)
         except Exception as error:
             self.end("error", f"the function of allowed tokens failed: {error}")
             return None
 
     def end(self, reason: str, error: str | None = None) -> None:
-        """No more tokens come."""
-        if self._text is not None and not self.ended:
+        """No more tokens come; the first reason stays."""
+        if self.ended:
+            return
+        if self._text is not None:
             self._say(self._text.flush())
-        self.finish_reason, self.error = self.finish_reason or reason, error
+        self.error = error
+        self.finish_reason = reason  # last: whoever sees it, in another thread, sees all of it
 
     def fresh_text(self) -> str:
         """Text since the last call."""
-        text = "".join(self._pieces[self._shown :])
-        self._shown = len(self._pieces)
-        return text
+        pieces = self._pieces[self._shown :]  # another thread may add to them
+        self._shown += len(pieces)
+        return "".join(pieces)
 
     def result(self) -> Result:
         later = len(self.tokens) - 1
@@ -172,6 +176,15 @@ class Generation:
     def _say(self, text: str) -> None:
         if text:
             self._pieces.append(text)
+
+
+def _choice(allowed: Any, vocab_size: int) -> Bool[np.ndarray, "V"]:
+    allowed = np.asarray(allowed)
+    if allowed.shape != (vocab_size,) or allowed.dtype != bool:
+        raise ValueError(f"it gave {allowed.dtype}{list(allowed.shape)} and must give bool[{vocab_size}]")
+    if not allowed.any():
+        raise ValueError("it allows no token")
+    return allowed
 
 
 def _logprob(sampled: Sampled, step: int, row: int, count: int | None) -> TokenLogprob | None:

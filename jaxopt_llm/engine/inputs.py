@@ -162,7 +162,7 @@ def _extras(
     for row, (piece, generation) in enumerate(zip(pieces, generations, strict=True)):
         shifts = generation.params.logit_bias or {}
         bias_ids[row, : len(shifts)], bias[row, : len(shifts)] = list(shifts), list(shifts.values())
-        if piece.samples and (allowed := generation.may_come()) is not None:
+        if piece.samples and (allowed := generation.may_come(vocab_size)) is not None:
             mask[row] = pack_mask(allowed)
         if generation.wanted.scores:
             after = piece.request.prompt[piece.start + 1 : piece.start + 1 + piece.length]

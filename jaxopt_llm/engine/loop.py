@@ -147,6 +147,8 @@ class Loop:
             ):
                 generation.take_prompt(piece, out, start)
                 tokens.append(generation.take_tokens(piece, sampled, row, now))
+                if generation.error:  # it has no tokens to go on from
+                    self.close(generation)
             scheduler.complete(plan, tokens)
             for generation in generations:
                 if generation.ended:
