@@ -148,21 +148,22 @@ class Engine:
         return Stream(self, generation)
 
     def score(self, prompts: Prompts, *, progress: Progress | None = None) -> list[Score]:
-        """The log-probability of every token of each prompt after its first."""
-        ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
-        asked = self._ask_all([(prompt, None, Wanted(scores=True)) for prompt in ids])
-        self._finish_all(asked, progress)
-        return [_score(generation) for generation in asked]
+        """The log-probability of every token of each prompt after its first.
+
+        Raises:
+          ValueError: if the model gives scores that are no numbers.
+        """
+        return [_score(asked) for asked in self._measure(prompts, Wanted(scores=True), progress)]
 
     def embed(self, prompts: Prompts, *, progress: Progress | None = None) -> Float[np.ndarray, "n D"]:
-        """The mean of the last hidden states of each prompt's tokens, float32."""
-        ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
-        asked = self._ask_all([(prompt, None, Wanted(hidden=True)) for prompt in ids])
-        self._finish_all(asked, progress)
-        failed = next((generation.error for generation in asked if generation.error), None)
-        if failed:
-            raise ValueError(failed)
-        return np.stack([np.concatenate(generation.hidden).mean(0) for generation in asked])
+        """The mean of the last hidden states of each prompt's tokens, float32.
+
+        Raises:
+          ValueError: if they are no numbers.
+        """
+        asked = self._measure(prompts, Wanted(hidden=True), progress)
+        means = [np.concatenate(generation.hidden).mean(0) for generation in asked]
+        return np.stack(means) if means else np.zeros((0, self.model_config.d_model), np.float32)
 
     def encode(self, prompt: Prompt, *, room: int = 1) -> list[int]:
         """The token ids of a prompt.
@@ -189,6 +190,7 @@ class Engine:
           ValueError: if the model is not of the same form, or requests are still under way.
         """
         with self._lock:
+            self._loop.settle()
             if not self._loop.idle:
                 raise ValueError("requests are under way; wait for them before the weights change")
             self._runner.update(model)
@@ -282,6 +284,16 @@ class Engine:
             self.cancel(generations)
             raise
         report(len(generations), len(generations))
+
+    def _measure(self, prompts: Prompts, wanted: Wanted, progress: Progress | None) -> list[Generation]:
+        """Runs prompts for what is wanted of them, all or none."""
+        ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
+        asked = self._ask_all([(prompt, None, wanted) for prompt in ids])
+        self._finish_all(asked, progress)
+        for number, generation in enumerate(asked):
+            if generation.error:
+                raise ValueError(f"prompt {number}: {generation.error}")
+        return asked
 
     def cancel(self, generations: Sequence[Generation]) -> None:
         with self._lock:

@@ -16,6 +16,9 @@ from jaxopt_llm.text import Detokenizer, Tokenizer
 Allowed = Callable[[Sequence[int]], Bool[np.ndarray, "V"] | None]
 
 
+_NO_NUMBERS = "the model gave scores that are no numbers (NaN or infinite) for this request"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What a request wants of its prompt beside, or instead of, new tokens.
@@ -113,8 +116,10 @@ class Generation:
         if self.wanted.scores:
             logprobs, best = np.asarray(out.target_logprob)[place], np.asarray(out.best)[place]
             self.scores.extend(zip(logprobs.tolist(), best.tolist(), strict=True))
+            self._check(logprobs)
         if self.wanted.hidden:
             self.hidden.append(np.asarray(out.hidden)[place].astype(np.float32))
+            self._check(self.hidden[-1])
         if not request.max_tokens and piece.start + piece.length == len(request.prompt):
             self.end("length")
 
@@ -125,13 +130,15 @@ class Generation:
             if self.ended:
                 break
             if not sampled.finite[i, row]:
-                self.end(
-                    "error", "the model gave scores that are no numbers (NaN or infinite) for this request"
-                )
+                self.end("error", _NO_NUMBERS)
                 break
             tokens.append(int(sampled.tokens[i, row]))
             self.add(tokens[-1], _logprob(sampled, i, row, self.params.logprobs), now)
         return tokens
+
+    def _check(self, values: np.ndarray) -> None:
+        if not np.isfinite(values).all():
+            self.end("error", _NO_NUMBERS)
 
     def may_come(self, vocab_size: int) -> Bool[np.ndarray, "V"] | None:
         """Which tokens may come next, None for all; if the request's own function fails, the request does."""

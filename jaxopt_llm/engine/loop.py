@@ -3,10 +3,11 @@
 Each data shard has a scheduler, slots and pages of its own; one dispatch serves all of them.
 """
 
+import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -69,7 +70,13 @@ class Loop:
         """Forgets a request that has ended."""
         for scheduler, running in zip(self._schedulers, self._running, strict=True):
             if running.pop(generation.request.id, None):
-                scheduler.finish(generation.request)
+                end = scheduler.fail if generation.error else scheduler.finish
+                end(generation.request)
+
+    def settle(self) -> None:
+        """Reads what is in flight, and sends nothing more."""
+        while self._in_flight:
+            self._read()
 
     def forget_prefixes(self) -> None:
         """The weights have changed: nothing computed so far is shared with later requests."""
@@ -82,15 +89,14 @@ class Loop:
         Raises:
           RuntimeError: if an earlier dispatch failed: what was on the device is lost.
         """
-        if self._failure is not None:
-            raise RuntimeError(
-                "a step of this engine failed, and its cache is lost; make a new engine"
-            ) from self._failure
-        try:
-            self._advance()
-        except Exception as error:
-            self._failure = error
-            raise
+        with self._guarded():
+            plans = [self._plan(scheduler) for scheduler in self._schedulers]
+            if any(plans):
+                self._in_flight.append(self._dispatch(plans))
+            elif not self._in_flight:
+                raise RuntimeError("nothing can be planned for requests that have not ended")
+        if not any(plans) or len(self._in_flight) == MAX_IN_FLIGHT:
+            self._read()
 
     def warm_up(self, shape: Shape) -> None:
         """Compiles the program of this shape: see `inputs.idle`."""
@@ -100,14 +106,25 @@ class Loop:
         batch = inputs.idle(shape, max_slots=sizes.max_slots, page_table=table, vocab_size=self._vocab_size)
         self._runner.run([batch] * len(self._schedulers), steps=shape.steps, full=shape.full)
 
-    def _advance(self) -> None:
-        plans = [self._plan(scheduler) for scheduler in self._schedulers]
-        if any(plans):
-            self._in_flight.append(self._dispatch(plans))
-        if self._in_flight and (not any(plans) or len(self._in_flight) == MAX_IN_FLIGHT):
+    def _read(self) -> None:
+        """Waits for the oldest dispatch in flight. An interrupt that comes meanwhile loses nothing."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # told again below
+            jax.block_until_ready([part.out.sampled for part in self._in_flight[0]])
+        with self._guarded():
             self._collect(self._in_flight.popleft())
-        elif not any(plans):
-            raise RuntimeError("nothing can be planned for requests that have not ended")
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What breaks off in here leaves plans and device at odds."""
+        if self._failure is not None:
+            raise RuntimeError(
+                "a step of this engine failed, and its cache is lost; make a new engine"
+            ) from self._failure
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def _plan(self, scheduler: Scheduler) -> Plan | None:
         return scheduler.schedule() if len(self._in_flight) < MAX_IN_FLIGHT else None
