@@ -152,21 +152,22 @@ class Engine:
         return Stream(self, generation)
 
     def score(self, prompts: Prompts, *, progress: Progress | None = None) -> list[Score]:
-        """The log-probability of every token of each prompt after its first."""
-        ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
-        asked = self._ask_all([(prompt, None, Wanted(scores=True)) for prompt in ids])
-        self._finish_all(asked, progress)
-        return [_score(generation) for generation in asked]
+        """The log-probability of every token of each prompt after its first.
+
+        Raises:
+          ValueError: if the model gives scores that are no numbers.
+        """
+        return [_score(asked) for asked in self._measure(prompts, Wanted(scores=True), progress)]
 
     def embed(self, prompts: Prompts, *, progress: Progress | None = None) -> Float[np.ndarray, "n D"]:
-        """The mean of the last hidden states of each prompt's tokens, float32."""
-        ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
-        asked = self._ask_all([(prompt, None, Wanted(hidden=True)) for prompt in ids])
-        self._finish_all(asked, progress)
-        failed = next((generation.error for generation in asked if generation.error), None)
-        if failed:
-            raise ValueError(failed)
-        return np.stack([np.concatenate(generation.hidden).mean(0) for generation in asked])
+        """The mean of the last hidden states of each prompt's tokens, float32.
+
+        Raises:
+          ValueError: if they are no numbers.
+        """
+        asked = self._measure(prompts, Wanted(hidden=True), progress)
+        means = [np.concatenate(generation.hidden).mean(0) for generation in asked]
+        return np.stack(means) if means else np.zeros((0, self.model_config.d_model), np.float32)
 
     def encode(self, prompt: Prompt, *, room: int = 1) -> list[int]:
         """The token ids of a prompt.
@@ -198,6 +199,7 @@ class Engine:
           ValueError: if the model is not of the same form, or requests are still under way.
         """
         with self._lock:
+            self._loop.settle()
             if not self._loop.idle:
                 raise ValueError("requests are under way; wait for them before the weights change")
             self._runner.update(model)
@@ -219,28 +221,15 @@ class Engine:
           full: with every optional part, else without any.
           progress: called with (programs compiled, of all).
         """
-        sizes = self._loop.sizes
-        shapes = [(sizes.max_slots, tokens) for tokens in self._token_buckets(prompt_tokens)]
-        most = inputs.row_bucket(rows or sizes.max_slots, sizes.max_slots)
-        decoding = sorted({inputs.row_bucket(n, most) for n in range(1, most + 1)})
-        shapes += [(n, n) for n in decoding if rows is None or n == most]
+        shapes = inputs.shapes(self._loop.sizes, prompt_tokens=prompt_tokens, rows=rows, full=full)
         with self._lock:
-            for done, (count, tokens) in enumerate(shapes):
+            for done, shape in enumerate(shapes):
                 if progress:
                     progress(done, len(shapes))
-                self._loop.warm_up(count, tokens, full=full)
+                self._loop.warm_up(shape)
         if progress:
             progress(len(shapes), len(shapes))
         return len(shapes)
-
-    def _token_buckets(self, prompt_tokens: int | None) -> list[int]:
-        """Sizes of the steps that a prompt of this length takes, or any prompt."""
-        most = self._loop.sizes.max_tokens_per_step
-        if prompt_tokens is None:
-            lengths = list(range(1, most + 1))
-        else:
-            lengths = [min(most, prompt_tokens - start) for start in range(0, prompt_tokens, most)]
-        return sorted({inputs.token_bucket(n, most) for n in lengths})
 
     def _ask_all(self, asked: Sequence[tuple[list[int], SamplingParams | None, Wanted]]) -> list[Generation]:
         """All or none: a mistake in one leaves nothing behind."""
@@ -304,6 +293,16 @@ class Engine:
             self.cancel(generations)
             raise
         report(len(generations), len(generations))
+
+    def _measure(self, prompts: Prompts, wanted: Wanted, progress: Progress | None) -> list[Generation]:
+        """Runs prompts for what is wanted of them, all or none."""
+        ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
+        asked = self._ask_all([(prompt, None, wanted) for prompt in ids])
+        self._finish_all(asked, progress)
+        for number, generation in enumerate(asked):
+            if generation.error:
+                raise ValueError(f"prompt {number}: {generation.error}")
+        return asked
 
     def cancel(self, generations: Sequence[Generation]) -> None:
         with self._lock:

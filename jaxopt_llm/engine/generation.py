@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -13,6 +14,9 @@ from jaxopt_llm.engine.step import Out, Sampled
 from jaxopt_llm.text import Detokenizer, Tokenizer
 
 Allowed = Callable[[Sequence[int]], Bool[np.ndarray, "V"] | None]
+
+
+_NO_NUMBERS = "the model gave scores that are no numbers (NaN or infinite) for this request"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +115,10 @@ class Generation:
         if self.wanted.scores:
             logprobs, best = np.asarray(out.target_logprob)[place], np.asarray(out.best)[place]
             self.scores.extend(zip(logprobs.tolist(), best.tolist(), strict=True))
+            self._check(logprobs)
         if self.wanted.hidden:
             self.hidden.append(np.asarray(out.hidden)[place].astype(np.float32))
+            self._check(self.hidden[-1])
         if not request.max_tokens and piece.start + piece.length == len(request.prompt):
             self.end("length")
 
@@ -123,36 +129,41 @@ class Generation:
             if self.ended:
                 break
             if not sampled.finite[i, row]:
-                self.end(
-                    "error", "the model gave scores that are no numbers (NaN or infinite) for this request"
-                )
+                self.end("error", _NO_NUMBERS)
                 break
             tokens.append(int(sampled.tokens[i, row]))
             self.add(tokens[-1], _logprob(sampled, i, row, self.params.logprobs), now)
         return tokens
 
-    def may_come(self) -> Bool[np.ndarray, "V"] | None:
+    def _check(self, values: np.ndarray) -> None:
+        if not np.isfinite(values).all():
+            self.end("error", _NO_NUMBERS)
+
+    def may_come(self, vocab_size: int) -> Bool[np.ndarray, "V"] | None:
         """Which tokens may come next, None for all; if the request's own function fails, the request does."""
         if self.allowed is None or self.ended:
             return None
         try:
             allowed = self.allowed(self.tokens)
-            return None if allowed is None else np.asarray(allowed, bool)
+            return None if allowed is None else _choice(allowed, vocab_size)
         except Exception as error:
             self.end("error", f"the function of allowed tokens failed: {error}")
             return None
 
     def end(self, reason: str, error: str | None = None) -> None:
-        """No more tokens come."""
-        if self._text is not None and not self.ended:
+        """No more tokens come; the first reason stays."""
+        if self.ended:
+            return
+        if self._text is not None:
             self._say(self._text.flush())
-        self.finish_reason, self.error = self.finish_reason or reason, error
+        self.error = error
+        self.finish_reason = reason  # last: whoever sees it, in another thread, sees all of it
 
     def fresh_text(self) -> str:
         """Text since the last call."""
-        text = "".join(self._pieces[self._shown :])
-        self._shown = len(self._pieces)
-        return text
+        pieces = self._pieces[self._shown :]  # another thread may add to them
+        self._shown += len(pieces)
+        return "".join(pieces)
 
     def result(self) -> Result:
         times = [(at - self._start) * 1e3 for at in self._times]
@@ -173,6 +184,15 @@ class Generation:
     def _say(self, text: str) -> None:
         if text:
             self._pieces.append(text)
+
+
+def _choice(allowed: Any, vocab_size: int) -> Bool[np.ndarray, "V"]:
+    allowed = np.asarray(allowed)
+    if allowed.shape != (vocab_size,) or allowed.dtype != bool:
+        raise ValueError(f"it gave {allowed.dtype}{list(allowed.shape)} and must give bool[{vocab_size}]")
+    if not allowed.any():
+        raise ValueError("it allows no token")
+    return allowed
 
 
 def _logprob(sampled: Sampled, step: int, row: int, count: int | None) -> TokenLogprob | None:

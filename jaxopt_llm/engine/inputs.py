@@ -9,6 +9,7 @@ from jaxopt_llm.engine.config import power_of_two
 from jaxopt_llm.engine.generation import Generation
 from jaxopt_llm.engine.plan import Piece, Plan
 from jaxopt_llm.engine.sampling import MOST_BIASES, RowSampling, SamplingParams
+from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.engine.step import Extras, Inputs, pack_mask
 
 _SMALLEST = 32  # tokens of a step with prompts in it
@@ -36,21 +37,46 @@ class Shape(NamedTuple):
 
     Attributes:
       rows, tokens: B and T. Equal where every row decodes.
+      steps: of decoding, at most; 1 where prompts may be in it.
       full: with every optional part.
     """
 
     rows: int
     tokens: int
+    steps: int
     full: bool
 
 
-def shape(plans: Sequence[Plan], *, max_slots: int, max_tokens: int, full: bool) -> Shape:
+def shape(plans: Sequence[Plan], sizes: SchedulerConfig, *, full: bool) -> Shape:
     """The smallest that serves all these plans, one a data shard."""
     if all(map(decodes_only, plans)):
-        rows = row_bucket(max(len(plan.pieces) for plan in plans), max_slots)
-        return Shape(rows, rows, full)
+        rows = row_bucket(max(len(plan.pieces) for plan in plans), sizes.max_slots)
+        return Shape(rows, rows, sizes.decode_steps, full)
     tokens = max(sum(piece.length for piece in plan.pieces) for plan in plans)
-    return Shape(max_slots, token_bucket(tokens, max_tokens), full)
+    return Shape(sizes.max_slots, token_bucket(tokens, sizes.max_tokens_per_step), 1, full)
+
+
+def shapes(
+    sizes: SchedulerConfig, *, prompt_tokens: int | None = None, rows: int | None = None, full: bool
+) -> list[Shape]:
+    """Every shape that plans may take.
+
+    Args:
+      sizes: of a data shard.
+      prompt_tokens: only those of one prompt of this length; None for any prompts.
+      rows: only those of so many requests that decode together; None for any number.
+      full: as `Shape` has it.
+    """
+    most = sizes.max_tokens_per_step
+    lengths = range(1, most + 1) if prompt_tokens is None else _chunks(prompt_tokens, most)
+    counts = range(1, sizes.max_slots + 1) if rows is None else [rows]
+    prefill = {Shape(sizes.max_slots, token_bucket(n, most), 1, full) for n in lengths}
+    buckets = {row_bucket(n, sizes.max_slots) for n in counts}
+    return sorted(prefill | {Shape(n, n, sizes.decode_steps, full) for n in buckets})
+
+
+def _chunks(tokens: int, most: int) -> list[int]:
+    return [min(most, tokens - start) for start in range(0, tokens, most)]
 
 
 def idle(shape: Shape, *, max_slots: int, page_table: np.ndarray, vocab_size: int) -> Inputs:
@@ -71,7 +97,7 @@ def build(
       max_slots: of the engine; the slot of rows that are padding.
       vocab_size: V.
     """
-    rows, total, full = shape
+    rows, total = shape.rows, shape.tokens
     pieces = plan.pieces
     tokens, positions = np.zeros(total, np.int32), np.zeros(total, np.int32)
     row_of = np.full(total, rows, np.int32)
@@ -97,7 +123,7 @@ def build(
         limit=column([piece.limit for piece in pieces], 0),
         stop_ids=_stop_ids(generations, rows),
         sampling=RowSampling.stack(params, seeds),
-        extras=_extras(pieces, generations, starts, total, rows, vocab_size) if full else None,
+        extras=_extras(pieces, generations, starts, total, rows, vocab_size) if shape.full else None,
     )
 
 
@@ -136,7 +162,7 @@ def _extras(
     for row, (piece, generation) in enumerate(zip(pieces, generations, strict=True)):
         shifts = generation.params.logit_bias or {}
         bias_ids[row, : len(shifts)], bias[row, : len(shifts)] = list(shifts), list(shifts.values())
-        if piece.samples and (allowed := generation.may_come()) is not None:
+        if piece.samples and (allowed := generation.may_come(vocab_size)) is not None:
             mask[row] = pack_mask(allowed)
         if generation.wanted.scores:
             after = piece.request.prompt[piece.start + 1 : piece.start + 1 + piece.length]

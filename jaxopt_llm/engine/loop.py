@@ -3,10 +3,11 @@
 Each data shard has a scheduler, slots and pages of its own; one dispatch serves all of them.
 """
 
+import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 
 from jaxopt_llm.engine import inputs
 from jaxopt_llm.engine.generation import Generation
+from jaxopt_llm.engine.inputs import Shape
 from jaxopt_llm.engine.plan import Metrics, Plan
 from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerConfig
@@ -68,7 +70,13 @@ class Loop:
         """Forgets a request that has ended."""
         for scheduler, running in zip(self._schedulers, self._running, strict=True):
             if running.pop(generation.request.id, None):
-                scheduler.finish(generation.request)
+                end = scheduler.fail if generation.error else scheduler.finish
+                end(generation.request)
+
+    def settle(self) -> None:
+        """Reads what is in flight, and sends nothing more."""
+        while self._in_flight:
+            self._read()
 
     def forget_prefixes(self) -> None:
         """The weights have changed: nothing computed so far is shared with later requests."""
@@ -81,37 +89,42 @@ class Loop:
         Raises:
           RuntimeError: if an earlier dispatch failed: what was on the device is lost.
         """
+        with self._guarded():
+            plans = [self._plan(scheduler) for scheduler in self._schedulers]
+            if any(plans):
+                self._in_flight.append(self._dispatch(plans))
+            elif not self._in_flight:
+                raise RuntimeError("nothing can be planned for requests that have not ended")
+        if not any(plans) or len(self._in_flight) == MAX_IN_FLIGHT:
+            self._read()
+
+    def warm_up(self, shape: Shape) -> None:
+        """Compiles the program of this shape: see `inputs.idle`."""
+        sizes = self.sizes
+        pages = -(-sizes.max_seq_len // sizes.page_size)
+        table = np.zeros((len(sizes.windows), sizes.max_slots, pages), np.int32)
+        batch = inputs.idle(shape, max_slots=sizes.max_slots, page_table=table, vocab_size=self._vocab_size)
+        self._runner.run([batch] * len(self._schedulers), steps=shape.steps, full=shape.full)
+
+    def _read(self) -> None:
+        """Waits for the oldest dispatch in flight. An interrupt that comes meanwhile loses nothing."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # told again below
+            jax.block_until_ready([part.out.sampled for part in self._in_flight[0]])
+        with self._guarded():
+            self._collect(self._in_flight.popleft())
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What breaks off in here leaves plans and device at odds."""
         if self._failure is not None:
             raise RuntimeError(
                 "a step of this engine failed, and its cache is lost; make a new engine"
             ) from self._failure
         try:
-            self._advance()
-        except Exception as error:
+            yield
+        except BaseException as error:
             self._failure = error
             raise
-
-    def warm_up(self, rows: int, tokens: int, *, full: bool) -> None:
-        """Compiles the program of this size: see `inputs.idle`."""
-        sizes = self.sizes
-        pages = -(-sizes.max_seq_len // sizes.page_size)
-        table = np.zeros((len(sizes.windows), sizes.max_slots, pages), np.int32)
-        batch = inputs.idle(
-            inputs.Shape(rows, tokens, full),
-            max_slots=sizes.max_slots,
-            page_table=table,
-            vocab_size=self._vocab_size,
-        )
-        self._runner.run([batch] * len(self._schedulers), steps=self._steps(rows, tokens), full=full)
-
-    def _advance(self) -> None:
-        plans = [self._plan(scheduler) for scheduler in self._schedulers]
-        if any(plans):
-            self._in_flight.append(self._dispatch(plans))
-        if self._in_flight and (not any(plans) or len(self._in_flight) == MAX_IN_FLIGHT):
-            self._collect(self._in_flight.popleft())
-        elif not any(plans):
-            raise RuntimeError("nothing can be planned for requests that have not ended")
 
     def _plan(self, scheduler: Scheduler) -> Plan | None:
         return scheduler.schedule() if len(self._in_flight) < MAX_IN_FLIGHT else None
@@ -123,12 +136,7 @@ class Loop:
             for plan, running in zip(plans, self._running, strict=True)
         ]
         full = any(generation.full for generation in itertools.chain(*generations))
-        shape = inputs.shape(
-            [plan for plan in plans if plan],
-            max_slots=sizes.max_slots,
-            max_tokens=sizes.max_tokens_per_step,
-            full=full,
-        )
+        shape = inputs.shape([plan for plan in plans if plan], sizes, full=full)
         batches = [
             inputs.build(
                 plan or _nothing(self._schedulers[i]),
@@ -139,12 +147,8 @@ class Loop:
             )
             for i, plan in enumerate(plans)
         ]
-        outs = self._runner.run(batches, steps=self._steps(shape.rows, shape.tokens), full=full)
+        outs = self._runner.run(batches, steps=shape.steps, full=full)
         return [_Part(*part) for part in zip(plans, generations, outs, strict=True)]
-
-    def _steps(self, rows: int, tokens: int) -> int:
-        """A program in which every row has one token decodes; in others, one step is all."""
-        return self.sizes.decode_steps if rows == tokens else 1
 
     def _collect(self, parts: Sequence[_Part]) -> None:
         """Gives each request what a dispatch gave it."""
@@ -160,6 +164,8 @@ class Loop:
             ):
                 generation.take_prompt(piece, out, start)
                 tokens.append(generation.take_tokens(piece, sampled, row, now))
+                if generation.error:  # it has no tokens to go on from
+                    self.close(generation)
             scheduler.complete(plan, tokens)
             for generation in generations:
                 if generation.ended:

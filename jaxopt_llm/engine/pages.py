@@ -114,13 +114,16 @@ class PagePool:
             self._registered[digest] = page
             self._digests[page] = digest
 
-    def forget(self) -> None:
-        """No page is found any more; cached ones are free."""
-        for page in self._registered.values():
+    def forget(self, digests: Iterable[bytes] | None = None) -> None:
+        """Pages with these contents, or all, are not found any more; cached ones are free."""
+        for digest in list(self._registered) if digests is None else digests:
+            page = self._registered.pop(digest, None)
+            if page is None:
+                continue
             self._digests[page] = None
-        self._registered.clear()
-        self._free.extend(self._cached)
-        self._cached.clear()
+            if page in self._cached:
+                del self._cached[page]
+                self._free.append(page)
 
     def _evict(self) -> int:
         page, _ = self._cached.popitem(last=False)
@@ -247,10 +250,10 @@ class PageTables:
             pool.release(self.held(kind, slot))
         self._end[slot] = 0
 
-    def forget(self) -> None:
-        """No page is shared with later requests."""
+    def forget(self, chain: Sequence[bytes] | None = None) -> None:
+        """No page of this chain, or none at all, is shared with later requests."""
         for pool in self.pools:
-            pool.forget()
+            pool.forget(chain)
 
     def _put(self, kind: int, slot: int, start: int, pages: Sequence[int]) -> None:
         self._table[kind, slot, start : start + len(pages)] = pages

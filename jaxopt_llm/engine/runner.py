@@ -6,8 +6,8 @@ the tensor axis itself. Data shards each have slots and pages of their own, and 
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +46,14 @@ class Runner:
         self._model_config, self._sizes, self._cache_dtype = model.config, sizes, cache_dtype
         self._processors = tuple(processors)
         self._mesh = _mesh(model)
-        self._skeleton, self._leaves = self._pack(model)
+        self._form, leaves = Skeleton.split(model)
+        self._placed = [_Form.of(leaf) for leaf in leaves]
+        self._pack = self._packing()
+        self._skeleton, self._leaves = self._pack(leaves)
         if consume:
-            _delete(model, self._leaves)
+            _delete(leaves, self._leaves)
         self._state = self._initial()
+        self._counts: tuple[Any, Any] = (None, None)  # seen and counts, which only full programs take
 
     @property
     def shards(self) -> int:
@@ -66,45 +70,59 @@ class Runner:
         Returns:
           what it gives each data shard, not waited for.
         """
-        if full and self._state.counts is None:
-            self._state = dataclasses.replace(self._state, **self._counts())
         program = Program(
             skeleton=self._skeleton, steps=steps, full=full, processors=self._processors, mesh=self._mesh
         )
+        state = self._state
+        if full:
+            seen, counts = self._no_counts() if self._counts[0] is None else self._counts
+            state = dataclasses.replace(state, seen=seen, counts=counts)
         if self._mesh is None:
-            out, self._state = step(self._leaves, self._state, batches[0], program=program)
-            return [out]
-        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
-        out, self._state = step(self._leaves, self._state, stacked, program=program)
-        return [jax.tree.map(lambda a, i=i: a[i], out) for i in range(self.shards)]
+            out, state = step(self._leaves, state, batches[0], program=program)
+            outs = [out]
+        else:
+            stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+            out, state = step(self._leaves, state, stacked, program=program)
+            outs = [jax.tree.map(lambda a, i=i: a[i], out) for i in range(self.shards)]
+        if full:
+            self._counts = state.seen, state.counts
+        self._state = dataclasses.replace(state, seen=None, counts=None)
+        return outs
 
     def update(self, model: Transformer) -> None:
         """Exchanges the parameters for others of the same form.
 
         Raises:
-          ValueError: if the model has other parts, shapes or dtypes.
+          ValueError: if the model has other parts, shapes or dtypes, or lies elsewhere.
         """
-        skeleton, leaves = self._pack(model)
-        form = lambda leaves: [(leaf.shape, leaf.dtype) for leaf in leaves]
-        if skeleton != self._skeleton or form(leaves) != form(self._leaves):
-            raise ValueError("the model has other parts, shapes or dtypes than the engine was made for")
-        self._leaves = leaves
+        form, leaves = Skeleton.split(model)
+        if form != self._form or [_Form.of(leaf) for leaf in leaves] != self._placed:
+            raise ValueError(
+                "the model has other parts, shapes, dtypes or devices than the engine was made for"
+            )
+        _, self._leaves = self._pack(leaves)
 
-    def _pack(self, model: Transformer) -> tuple[Skeleton, tuple[Array, ...]]:
+    def _packing(self) -> Callable[[tuple[Array, ...]], tuple[Skeleton, tuple[Array, ...]]]:
+        """What packs the leaves of this form of model; compiled once."""
         if self._mesh is None:
-            return Skeleton.split(packed(model))
-        canonical, leaves = Skeleton.split(model)
+            return lambda leaves: Skeleton.split(packed(self._form.fill(leaves)))
         found: list[Skeleton] = []
 
         def body(*leaves: Array) -> tuple[Array, ...]:
-            skeleton, parts = Skeleton.split(packed(canonical.fill(leaves)))
+            skeleton, parts = Skeleton.split(packed(self._form.fill(leaves)))
             found.append(skeleton)
             return parts
 
-        specs = tuple(_partition(leaf) for leaf in leaves)
-        local = jax.shard_map(body, mesh=self._mesh, in_specs=specs, out_specs=PACKED, check_vma=False)
-        parts = jax.jit(local)(*leaves)
-        return found[-1], parts
+        specs = tuple(form.spec for form in self._placed)
+        pack = jax.jit(
+            jax.shard_map(body, mesh=self._mesh, in_specs=specs, out_specs=PACKED, check_vma=False)
+        )
+
+        def run(leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:
+            parts = pack(*leaves)
+            return found[0], parts
+
+        return run
 
     def _initial(self) -> State:
         config, sizes = self._model_config, self._sizes
@@ -117,9 +135,9 @@ class Runner:
 
         return self._on_each(functools.partial(body, self._mesh.shape["tensor"] if self._mesh else 1))
 
-    def _counts(self) -> dict[str, Any]:
+    def _no_counts(self) -> tuple[Array, Array]:
         shape = (self._sizes.max_slots, self._model_config.vocab_size)
-        return self._on_each(lambda: {"seen": jnp.zeros(shape, bool), "counts": jnp.zeros(shape, jnp.int32)})
+        return self._on_each(lambda: (jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)))
 
     def _on_each(self, function: Any) -> Any:
         """What a function makes, on every device."""
@@ -130,18 +148,29 @@ class Runner:
         )()
 
 
-def _delete(model: Transformer, kept: Sequence[Array]) -> None:
+def _delete(leaves: Sequence[Array], kept: Sequence[Array]) -> None:
     """Frees the arrays of a model, but for those that lie where one that is kept lies."""
     place = lambda array: array.addressable_shards[0].data.unsafe_buffer_pointer()
     places = set(map(place, kept))
-    for leaf in jax.tree.leaves(weights(model)):
+    for leaf in leaves:
         if place(leaf) not in places:
             leaf.delete()
 
 
-def _partition(leaf: Array) -> PartitionSpec:
-    assert isinstance(leaf.sharding, NamedSharding), "on a mesh"
-    return leaf.sharding.spec
+class _Form(NamedTuple):
+    """What must stay as it is when weights are exchanged."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    devices: frozenset[jax.Device]
+    spec: PartitionSpec
+
+    @classmethod
+    def of(cls, leaf: Array) -> Self:
+        where = leaf.sharding
+        spec = where.spec if isinstance(where, NamedSharding) else PartitionSpec()
+        axes = (*spec, *(None,) * (leaf.ndim - len(spec)))
+        return cls(leaf.shape, leaf.dtype, frozenset(where.device_set), PartitionSpec(*axes))
 
 
 def _mesh(model: Transformer) -> Mesh | None:

@@ -176,7 +176,9 @@ def sample(logits: Float[Array, "B V"], rows: RowSampling, positions: Int[Array,
 def keep_likely(logits: Float[Array, "B V"], rows: RowSampling) -> Float[Array, "B V"]:
     """Scores of tokens outside top-k, then top-p, then min-p become -inf; the best token always stays."""
     filters = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
-    return jax.lax.cond(jnp.any(filters), lambda: _keep_likely(logits, rows), lambda: logits)
+    # A row without filters keeps even what is lost beside 1 in a sum of probabilities: its neighbours have no say.
+    keep = lambda: jnp.where(filters[:, None], _keep_likely(logits, rows), logits)
+    return jax.lax.cond(jnp.any(filters), keep, lambda: logits)
 
 
 def _keep_likely(logits: Array, rows: RowSampling) -> Array:

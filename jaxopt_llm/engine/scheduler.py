@@ -160,6 +160,11 @@ class Scheduler:
         """As `finish`: whatever the reason, the same happens."""
         self.finish(request)
 
+    def fail(self, request: Request) -> None:
+        """As `finish`; what is in its pages is not to be trusted, and not shared with later requests."""
+        self.finish(request)
+        self._tables.forget(request.chain)
+
     def forget_prefixes(self) -> None:
         """No page computed so far is shared with later requests: the weights have changed."""
         self._tables.forget()

@@ -65,8 +65,7 @@ class State:
       cache: pages of every layer.
       last_tokens: the latest sampled in each slot, not yet in the cache.
       seen: tokens of each slot's prompt, for penalties.
-      counts: how often each token was generated in each slot. `seen` and `counts` are None until a request asks for
-        what only the full program does.
+      counts: how often each token was generated in each slot. Only the full program takes `seen` and `counts`.
     """
 
     cache: Cache

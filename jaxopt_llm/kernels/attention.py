@@ -116,6 +116,7 @@ def _paged(q: Array, cache: Pages, rows: Rows, spec: AttentionSpec, sinks: Array
     def one(query: Array, position: Array, slot: Array) -> Array:
         keys, values = pages.read(cache, table[slot], query.dtype)
         visible = _visible(position[None], jnp.arange(keys.shape[0]), spec.window)
+        values = jnp.where(visible[0, :, None, None], values, 0)  # others' may be NaN, and 0 x NaN is NaN
         return _attend(query[None, None], keys[None], values[None], visible, spec, sinks)[0, 0]
 
     gathered = table.shape[1] * cache.k[0].size

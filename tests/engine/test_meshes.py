@@ -1,0 +1,108 @@
+"""On forced devices: data and tensor shards give the plain forward's tokens, for weights of every kind."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import jaxopt_llm as jo
+from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
+from jaxopt_llm.models import Transformer, place
+from jaxopt_llm.sharding import MeshSpec, Sharding
+from tests.engine import oracle
+
+SIZES = EngineConfig(max_slots=2, max_seq_len=oracle.LENGTH, max_tokens_per_step=32, decode_steps=4)
+MODELS = {
+    "windows": ("gemma3_text", {}),  # and one key/value head
+    "sinks": ("gpt_oss", {}),  # and experts with biases
+    "experts": ("qwen3_moe", {"vocab_size": 96}),  # two key/value heads for four shards
+    "kernels": (None, {}),
+}
+
+
+def on(mesh: str | jax.sharding.Mesh, model: Transformer) -> Transformer:
+    built = MeshSpec.parse(mesh).build() if isinstance(mesh, str) else mesh
+    return place(model, Sharding(built, model.config.units))
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "mesh"),
+    [
+        ("windows", None, "tensor=4"),
+        ("windows", "int8", "data=2,tensor=4"),
+        ("sinks", None, "data=2,tensor=4"),
+        ("experts", "int8", "tensor=4"),
+        ("kernels", "int8_block", "data=2,tensor=4"),
+        ("kernels", "int8", "data=2"),
+    ],
+)
+def test_tokens(name, format, mesh):
+    family, changes = MODELS[name]
+    model = oracle.tiny(family, **changes) if family else oracle.wide()
+    model = jo.quantize(model, format) if format else model
+    engine = Engine(on(mesh, model), None, SIZES)
+    prompts = oracle.prompts(model.config.vocab_size, 40, 3, 17, 70, 9)
+    results = engine.generate(prompts, SamplingParams(max_tokens=16, ignore_eos=True))
+    tie = oracle.ROUNDED_TIE if format == "int8_block" else oracle.TIE
+    covered = [
+        oracle.check_greedy(model, p, r.token_ids, tie=tie) for p, r in zip(prompts, results, strict=True)
+    ]
+    assert np.mean(covered) > 6, covered
+
+
+@pytest.fixture(scope="module")
+def spread():
+    return Engine(on("data=2,tensor=4", oracle.tiny("mistral")), None, SIZES)
+
+
+def test_every_option(spread):
+    """Two data shards share the work; sampling is the same on all tensor shards, and as on one device."""
+    alone = Engine(oracle.tiny("mistral"), None, SIZES)
+    prompts = oracle.prompts(90, 20, 5, 40, 33, 8)
+    base = SamplingParams(max_tokens=10, ignore_eos=True)
+    params = [
+        base,
+        dataclasses.replace(base, temperature=0.8, seed=3, top_k=10),
+        dataclasses.replace(base, temperature=1.0, seed=3, repetition_penalty=1.3),
+        dataclasses.replace(base, logit_bias={7: 5.0}, frequency_penalty=1.0),
+        dataclasses.replace(base, logprobs=2),
+    ]
+    there, here = (engine.generate(prompts, params) for engine in (spread, alone))
+    assert [r.token_ids for r in there] == [r.token_ids for r in here]
+    for one, other in zip(there[4].logprobs, here[4].logprobs, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    for one, other in zip(spread.score(prompts), alone.score(prompts), strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+    np.testing.assert_allclose(spread.embed(prompts), alone.embed(prompts), atol=1e-4)
+    even = lambda tokens: np.arange(97) % 2 == 0
+    first, second = (engine.submit(prompts[0], base, allowed=even).result() for engine in (spread, alone))
+    assert first.token_ids == second.token_ids
+
+
+def test_programs_are_compiled_ahead(spread):
+    spread.warm_up()
+    spread.warm_up(full=True)
+    with oracle.compilations() as seen:
+        test = oracle.prompts(90, 60, 2, 31, seed=8)
+        spread.generate(test, SamplingParams(max_tokens=9, temperature=1.0, seed=1))
+        spread.generate(test[:1], SamplingParams(max_tokens=9, logprobs=3))
+        spread.score(test)
+        spread.embed(test[1:])
+    assert seen == []
+
+
+def test_a_mesh_of_one_axis():
+    mesh = jax.make_mesh(
+        (2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
+    )
+    model = oracle.tiny("mistral")
+    (prompt,) = oracle.prompts(90, 20)
+    (result,) = jo.generate(on(mesh, model), None, [prompt], max_tokens=10, ignore_eos=True)
+    assert oracle.check_greedy(model, prompt, result.token_ids) > 4
+
+
+def test_other_axes_are_refused():
+    model = oracle.tiny("gpt_oss")
+    with pytest.raises(ValueError, match=r"splits over data and tensor, not over \{'expert': 2\}"):
+        Engine(on("expert=2", model), None, SIZES)

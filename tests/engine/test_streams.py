@@ -1,0 +1,167 @@
+"""Who waits for what: streams, threads, coroutines, ends before the end, and an engine after a fault."""
+
+import asyncio
+import dataclasses
+import threading
+
+import pytest
+
+import jaxopt_llm as jo
+from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
+from jaxopt_llm.models import weights, with_weights
+from tests.engine import oracle
+
+SIZES = EngineConfig(max_slots=2, max_seq_len=128, max_tokens_per_step=32, decode_steps=4, page_size=16)
+PARAMS = SamplingParams(max_tokens=30)
+LILY = "Once upon a time, there was a little girl named Lily."
+PROMPTS = [LILY, "The dog", "One day, a boy named Tom", "x"]
+
+
+@pytest.fixture(scope="module")
+def stories(data_dir):
+    return jo.load(data_dir / "stories260K.gguf")
+
+
+@pytest.fixture(scope="module")
+def shared_engine(stories):
+    return Engine(*stories, SIZES)
+
+
+@pytest.fixture
+def engine(shared_engine):
+    """Holds nothing any more when a test is over."""
+    yield shared_engine
+    shared_engine.generate([[1]], SamplingParams(max_tokens=1))
+    metrics = shared_engine.metrics()
+    assert (metrics.waiting, metrics.running, metrics.pages_used) == (0, 0, (0,))
+
+
+@pytest.fixture(scope="module")
+def texts(shared_engine):
+    return [result.text for result in shared_engine.generate(PROMPTS, PARAMS)]
+
+
+def test_cancelled_while_it_runs_waits_or_speaks(engine, texts):
+    running, speaking, waiting, last = (engine.submit(prompt, PARAMS) for prompt in PROMPTS)
+    first = next(speaking)
+    assert first.result is None
+    for stream in (running, speaking, waiting):
+        stream.cancel()
+        stream.cancel()
+    rest = list(speaking)
+    assert rest[-1].result.finish_reason == "cancelled"
+    assert first.text + "".join(chunk.text for chunk in rest) == rest[-1].result.text
+    assert texts[1].startswith(rest[-1].result.text)
+    assert waiting.result().token_ids == []
+    assert waiting.result().tpot_ms is None
+    assert last.result().text == texts[3]
+    last.cancel()
+    assert last.result().finish_reason == "length"
+    assert list(last)[-1].result.text == texts[3]
+
+
+def test_threads_stream_at_once(engine, texts):
+    told = {}
+
+    def follow(number):
+        told[number] = "".join(chunk.text for chunk in engine.submit(PROMPTS[number], PARAMS))
+
+    threads = [threading.Thread(target=follow, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [told[number] for number in range(4)] == texts
+
+
+def test_coroutines(engine, texts):
+    async def follow(prompt):
+        return "".join([chunk.text async for chunk in engine.submit(prompt, PARAMS)])
+
+    async def wait(prompt):
+        return (await engine.submit(prompt, PARAMS)).text
+
+    async def both():
+        return await asyncio.gather(*map(follow, PROMPTS[:2]), *map(wait, PROMPTS[2:]))
+
+    assert asyncio.run(both()) == texts
+
+
+def test_an_interrupt_while_waiting_loses_nothing(engine, texts, monkeypatch):
+    """Control-C in a notebook: the call ends, its requests with it, and the engine goes on."""
+    with monkeypatch.context() as patch:
+        patch.setattr("jax.block_until_ready", raises(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(PROMPTS, PARAMS)
+    assert [result.text for result in engine.generate(PROMPTS, PARAMS)] == texts
+
+
+def raises(error):
+    def function(*_, **__):
+        raise error
+
+    return function
+
+
+def test_what_never_fits_is_refused_at_once(stories):
+    engine = Engine(*stories, dataclasses.replace(SIZES, cache_tokens=128, max_seq_len=256))
+    with pytest.raises(ValueError, match=r"needs 10 pages of 16 tokens \(window=None\) and there are 8"):
+        engine.generate([LILY, [7] * 100], SamplingParams(max_tokens=50))
+    with pytest.raises(ValueError, match="the prompt has 256 tokens and the context is 256; shorten it"):
+        engine.submit([7] * 256, PARAMS)
+    metrics = engine.metrics()
+    assert (metrics.waiting, metrics.running, metrics.pages_free) == (0, 0, (8,))
+
+
+def test_a_failed_step_is_told_to_all_who_come_later(stories, monkeypatch):
+    engine = Engine(*stories, SIZES)
+    stream = engine.submit(LILY, PARAMS)
+    monkeypatch.setattr(engine._runner, "run", raises(MemoryError("no room")))
+    with pytest.raises(MemoryError, match="no room"):
+        engine.generate(["x"], PARAMS)
+    monkeypatch.undo()
+    for later in (stream.result, lambda: engine.generate([LILY], PARAMS), lambda: engine.score(LILY)):
+        with pytest.raises(RuntimeError, match=r"a step of this engine failed.*make a new engine") as caught:
+            later()
+        assert isinstance(caught.value.__cause__, MemoryError)
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,tensor=2"])
+def test_other_weights(mesh):
+    """They go in without a compilation, and old pages are not found any more."""
+    model = oracle.wide("int8")
+    other = with_weights(model, {"final_norm.weight": -weights(model)["final_norm.weight"]})
+    other = with_weights(
+        other, {"layers.0.attention.q.weight": weights(model)["layers.1.attention.q.weight"]}
+    )
+    if mesh:
+        model, other = (on(mesh, each) for each in (model, other))
+    engine = Engine(model, None, SIZES)
+    (prompt,) = oracle.prompts(90, 40)
+    ask = lambda: engine.generate([prompt], SamplingParams(max_tokens=20, ignore_eos=True))[0]
+    first = ask()
+    assert ask().cached_tokens == 32
+    engine.submit(prompt, PARAMS).cancel()
+    abandoned = engine.submit(prompt, PARAMS)
+    engine.drive(lambda: bool(abandoned._generation.tokens))
+    with pytest.raises(ValueError, match="requests are under way"):
+        engine.update(other)
+    abandoned.cancel()
+    with oracle.compilations() as seen:
+        engine.update(other)
+        second = ask()
+        engine.update(model)
+        third = ask()
+    assert seen == []
+    assert second.cached_tokens == third.cached_tokens == 0
+    assert first.token_ids == third.token_ids != second.token_ids
+    assert oracle.check_greedy(oracle.wide("int8"), prompt, third.token_ids) > 4
+    with pytest.raises(ValueError, match="other parts, shapes, dtypes or devices"):
+        engine.update(oracle.wide("int8_block"))
+    with pytest.raises(ValueError, match="other parts, shapes, dtypes or devices"):
+        engine.update(oracle.wide("int8") if mesh else on("tensor=2", model))
+    assert ask().token_ids == first.token_ids
+
+
+def on(mesh, model):
+    return jo.models.place(model, jo.checkpoints.mesh_sharding(mesh, model.config))
