@@ -78,7 +78,12 @@ class Generation:
     @property
     def full(self) -> bool:
         """Whether only the full program does what it asks for."""
-        return self.params.needs_full or self.allowed is not None or self.wanted != Wanted()
+        return self.params.needs_full or self.allowed is not None or self.measures
+
+    @property
+    def measures(self) -> bool:
+        """Whether anything is wanted of its prompt's tokens."""
+        return self.wanted != Wanted()
 
     @property
     def ended(self) -> bool:
@@ -113,11 +118,13 @@ class Generation:
             self.scores.clear()
             self.hidden.clear()
         if self.wanted.scores:
-            logprobs, best = np.asarray(out.target_logprob)[place], np.asarray(out.best)[place]
+            assert out.target_logprob is not None and out.best is not None, "of the full program"
+            logprobs, best = out.target_logprob[place], out.best[place]
             self.scores.extend(zip(logprobs.tolist(), best.tolist(), strict=True))
             self._check(logprobs)
         if self.wanted.hidden:
-            self.hidden.append(np.asarray(out.hidden)[place].astype(np.float32))
+            assert out.hidden is not None, "of the full program"
+            self.hidden.append(out.hidden[place].astype(np.float32))
             self._check(self.hidden[-1])
         if not request.max_tokens and piece.start + piece.length == len(request.prompt):
             self.end("length")

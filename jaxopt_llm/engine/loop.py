@@ -22,12 +22,12 @@ from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerConfi
 from jaxopt_llm.engine.step import Out
 
 
-class _Part(NamedTuple):
-    """What one data shard does in a dispatch."""
+class _Dispatch(NamedTuple):
+    """A step on its way, and what it is for: a plan and a generation for each of its pieces, of every data shard."""
 
-    plan: Plan | None
-    generations: list[Generation]
     out: Out
+    plans: list[Plan | None]
+    generations: list[list[Generation]]
 
 
 class Loop:
@@ -44,7 +44,7 @@ class Loop:
         self._runner, self._vocab_size = runner, vocab_size
         self._schedulers = [Scheduler(sizes) for _ in range(runner.shards)]
         self._running: list[dict[int, Generation]] = [{} for _ in self._schedulers]
-        self._in_flight: deque[list[_Part]] = deque()
+        self._in_flight: deque[_Dispatch] = deque()
         self._failure: BaseException | None = None
 
     @property
@@ -90,7 +90,7 @@ class Loop:
           RuntimeError: if an earlier dispatch failed: what was on the device is lost.
         """
         with self._guarded():
-            plans = [self._plan(scheduler) for scheduler in self._schedulers]
+            plans = self._plans()
             if any(plans):
                 self._in_flight.append(self._dispatch(plans))
             elif not self._in_flight:
@@ -109,7 +109,7 @@ class Loop:
     def _read(self) -> None:
         """Waits for the oldest dispatch in flight. An interrupt that comes meanwhile loses nothing."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # told again below
-            jax.block_until_ready([part.out.sampled for part in self._in_flight[0]])
+            jax.block_until_ready(self._in_flight[0].out.sampled)
         with self._guarded():
             self._collect(self._in_flight.popleft())
 
@@ -126,10 +126,14 @@ class Loop:
             self._failure = error
             raise
 
-    def _plan(self, scheduler: Scheduler) -> Plan | None:
-        return scheduler.schedule() if len(self._in_flight) < MAX_IN_FLIGHT else None
+    def _plans(self) -> list[Plan | None]:
+        """Of each data shard; all take part in one dispatch, so none decodes for more steps than another can."""
+        if len(self._in_flight) == MAX_IN_FLIGHT:
+            return [None] * len(self._schedulers)
+        steps = min(scheduler.steps for scheduler in self._schedulers)
+        return [scheduler.schedule(steps) for scheduler in self._schedulers]
 
-    def _dispatch(self, plans: Sequence[Plan | None]) -> list[_Part]:
+    def _dispatch(self, plans: list[Plan | None]) -> _Dispatch:
         sizes = self.sizes
         generations = [
             [running[piece.request.id] for piece in plan.pieces] if plan else []
@@ -147,23 +151,25 @@ class Loop:
             )
             for i, plan in enumerate(plans)
         ]
-        outs = self._runner.run(batches, steps=shape.steps, full=full)
-        return [_Part(*part) for part in zip(plans, generations, outs, strict=True)]
+        return _Dispatch(self._runner.run(batches, steps=shape.steps, full=full), plans, generations)
 
-    def _collect(self, parts: Sequence[_Part]) -> None:
+    def _collect(self, dispatch: _Dispatch) -> None:
         """Gives each request what a dispatch gave it."""
-        for scheduler, (plan, generations, out) in zip(self._schedulers, parts, strict=True):
+        measures = any(generation.measures for generation in itertools.chain(*dispatch.generations))
+        outs = self._runner.read(dispatch.out, whole=measures)
+        now = time.perf_counter()
+        for scheduler, plan, generations, out in zip(
+            self._schedulers, dispatch.plans, dispatch.generations, outs, strict=True
+        ):
             if plan is None:
                 continue
-            sampled = jax.device_get(out.sampled)
-            now = time.perf_counter()
             starts = itertools.accumulate((piece.length for piece in plan.pieces), initial=0)
             tokens = []
             for row, (piece, generation, start) in enumerate(
                 zip(plan.pieces, generations, starts, strict=False)
             ):
                 generation.take_prompt(piece, out, start)
-                tokens.append(generation.take_tokens(piece, sampled, row, now))
+                tokens.append(generation.take_tokens(piece, out.sampled, row, now))
                 if generation.error:  # it has no tokens to go on from
                     self.close(generation)
             scheduler.complete(plan, tokens)

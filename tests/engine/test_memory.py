@@ -1,0 +1,40 @@
+"""Pages are written in place: what a step needs beside its arguments does not grow with them."""
+
+import jax
+import pytest
+
+from jaxopt_llm.engine import Engine, EngineConfig, inputs
+from jaxopt_llm.engine.step import Program, step
+from tests.engine import oracle
+
+PROMPTS, DECODE = inputs.Shape(2, 32, 1, False), inputs.Shape(2, 2, 4, False)
+
+
+def analysis(shape, pages, page_size, dtype):
+    """Of the compiled step, and the bytes of its cache."""
+    sizes = EngineConfig(
+        max_slots=2, max_seq_len=64, cache_tokens=pages * page_size, page_size=page_size, cache_dtype=dtype
+    )
+    engine = Engine(oracle.wide(), None, sizes)
+    runner, loop = engine._runner, engine._loop
+    batch = inputs.idle(
+        shape,
+        max_slots=2,
+        page_table=loop._schedulers[0].page_table,
+        vocab_size=engine.model_config.vocab_size,
+    )
+    program = Program(skeleton=runner._skeleton, steps=shape.steps, full=False)
+    compiled = step.lower(runner._leaves, runner._state, batch, program=program).compile()
+    return compiled.memory_analysis(), sum(leaf.nbytes for leaf in jax.tree.leaves(runner._state.cache))
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("page_size", [16, 8], ids=["kernel", "jax.numpy"])
+@pytest.mark.parametrize(
+    "shape", [inputs.Shape(2, 32, 1, False), inputs.Shape(2, 2, 4, False)], ids=["prompts", "decode"]
+)
+def test_temporaries_do_not_grow_with_the_pages(shape, page_size, dtype):
+    (small, few), (large, many) = (analysis(shape, count, page_size, dtype) for count in (64, 640))
+    assert many > 5 * few
+    assert large.temp_size_in_bytes == small.temp_size_in_bytes
+    assert large.alias_size_in_bytes - small.alias_size_in_bytes == many - few
