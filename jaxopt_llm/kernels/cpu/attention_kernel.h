@@ -214,7 +214,19 @@ inline void soften(const AttentionArgs& args, const Block<T>& block, Range range
   each_group([&](size_t g) { simd::store(scores + g * kGroup, x[g]); });
 }
 
-// out[query][features]: `kWide` vectors of features, from `first` on.
+// out[features] += what one query's keys in the range give.
+template <class T>
+inline void weigh_alone(size_t width, const Block<T>& block, const float* weights, Range range, float* out) {
+  for (size_t key = range.begin; key < range.end; ++key) {
+    const T* values = block.values[key / kGroup] + key % kGroup * width;
+    const F32 weight = simd::broadcast(weights[key]);
+    for (size_t i = 0; i < width; i += kLanes) {
+      simd::store(out + i, simd::fma(weight, load(values + i), simd::load(out + i)));
+    }
+  }
+}
+
+// out[query][features] += what keys that all see give: `kWide` vectors of features, from `first` on.
 template <class T, size_t kRows, size_t kWide>
 inline void weigh(size_t width, const Block<T>& block, const float* weights, Range range, size_t first, float* out,
                   size_t stride) {
@@ -222,7 +234,7 @@ inline void weigh(size_t width, const Block<T>& block, const float* weights, Ran
   JAXOPT_UNROLL
   for (size_t r = 0; r < kRows; ++r) {
     JAXOPT_UNROLL
-    for (size_t j = 0; j < kWide; ++j) sum[r][j] = simd::zero();
+    for (size_t j = 0; j < kWide; ++j) sum[r][j] = simd::load(out + r * stride + first + j * kLanes);
   }
   for (size_t key = range.begin; key < range.end;) {
     const T *group = block.values[key / kGroup], *next = block.next_keys[key / kGroup];
@@ -277,19 +289,29 @@ void tile(const Rows& rows, const Block<T>& block, size_t first, const float* qu
   const size_t last = first + kRows - 1;
   const Range range = rows.seen(first, last, block.start);
   // The first row is the last to see a key, and the last row the first to lose sight of one.
-  const bool all = rows.seen(first, first, block.start).end == kKeys && rows.seen(last, last, block.start).begin == 0;
+  Range common = {rows.seen(last, last, block.start).begin, rows.seen(first, first, block.start).end};
+  if (common.begin >= common.end) common = {kKeys, kKeys};
+  const bool all = common.begin == 0 && common.end == kKeys;
   alignas(64) float scores[kRows * kKeys];
   score<T, kRows>(args, block, queries, range, scores);
   for (size_t r = 0; r < kRows; ++r) {
     const Range own = all ? Range{0, kKeys} : rows.seen(first + r, first + r, block.start);
-    soften(args, block, own, scores + r * kKeys, Part{parts + r * stride, args.width});
+    const Part part{parts + r * stride, args.width};
+    soften(args, block, own, scores + r * kKeys, part);
+    for (size_t i = 0; i < args.width; i += kLanes) simd::store(part.out + i, simd::zero());
+    weigh_alone(args.width, block, scores + r * kKeys, Range{own.begin, smaller(own.end, common.begin)}, part.out);
   }
   size_t feature = 0;
   for (; feature + simd::kTileVectors * kLanes <= args.width; feature += simd::kTileVectors * kLanes) {
-    weigh<T, kRows, simd::kTileVectors>(args.width, block, scores, range, feature, parts, stride);
+    weigh<T, kRows, simd::kTileVectors>(args.width, block, scores, common, feature, parts, stride);
   }
   for (; feature < args.width; feature += kLanes) {
-    weigh<T, kRows, 1>(args.width, block, scores, range, feature, parts, stride);
+    weigh<T, kRows, 1>(args.width, block, scores, common, feature, parts, stride);
+  }
+  // Keys that some see and some do not: a value that is no number stays with those that see it.
+  for (size_t r = 0; r < kRows && !all; ++r) {
+    const size_t end = rows.seen(first + r, first + r, block.start).end;
+    weigh_alone(args.width, block, scores + r * kKeys, Range{common.end, end}, parts + r * stride);
   }
 }
 

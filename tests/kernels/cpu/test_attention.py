@@ -208,6 +208,25 @@ def test_split_contexts_keep_their_bits(dtype):
         library.configure(threads=2)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", [PLAIN, dataclasses.replace(PLAIN, window=9)])
+def test_nan_stays_with_those_that_see_it(dtype, spec):
+    """Not with the tokens before it in the same batch, nor with those whose window it has left."""
+    length, bad = 300, 150
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(length, n, 32)).astype(np.float32) for n in (4, 2, 2))
+    batch = ragged([(0, p) for p in range(length)], jnp.arange(19, dtype=jnp.int32).reshape(1, 1, 19))
+    for _ in every_isa():
+        clean, dirty = (
+            attend(q, k, at, batch, init_pages(19, 16, 2, 32, jnp.dtype(dtype), kernel=True), spec=spec)[0]
+            for at in (v, np.where(np.arange(length)[:, None, None] == bad, np.nan, v).astype(np.float32))
+        )
+        end = length if spec.window is None else bad + spec.window
+        assert np.isnan(dirty[bad:end]).all()
+        np.testing.assert_array_equal(dirty[:bad], clean[:bad])
+        np.testing.assert_array_equal(dirty[end:], clean[end:])
+
+
 def test_the_definition_keeps_the_same_codes():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(40, n, 32)), jnp.float32) for n in (4, 2, 2))
