@@ -40,15 +40,7 @@ def last_json(command: Sequence[str]) -> dict[str, Any]:
 
 
 def ours(options: Sequence[str]) -> dict[str, float]:
-    command = [
-        sys.executable,
-        "-m",
-        "jaxopt_llm",
-        "bench",
-        "engine",
-        "--json",
-        *options,
-    ]
+    command = [sys.executable, *"-m jaxopt_llm bench engine --json".split(), *options]
     alone = last_json(command)
     together = last_json([*command, f"--concurrency={BATCH}", "--prompt_tokens=64"])
     return {

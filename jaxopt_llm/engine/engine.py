@@ -102,7 +102,9 @@ class Engine:
             _check(processor, model.config.vocab_size)
         sizes = config.scheduler(model.config)
         self._runner = Runner(model, sizes, config.kv_dtype(model.dtype), processors, consume=consume)
-        self._loop = Loop(self._runner, sizes, model.config.vocab_size)
+        self._stop_ids = frozenset(model.config.eos_ids) | (tokenizer.eos_ids if tokenizer else set())
+        widths = inputs.Widths(sizes.max_slots, model.config.vocab_size, max(1, len(self._stop_ids)))
+        self._loop = Loop(self._runner, sizes, widths)
         self._numbers = itertools.count()
         self._seeds = np.random.default_rng()
         self._lock = threading.RLock()
@@ -278,10 +280,6 @@ class Engine:
         _check_bias(settings, self.model_config.vocab_size)
         self._loop.add(generation)
         return generation
-
-    @property
-    def _stop_ids(self) -> frozenset[int]:
-        return frozenset(self.model_config.eos_ids) | (self.tokenizer.eos_ids if self.tokenizer else set())
 
     def _finish_all(self, generations: Sequence[Generation], progress: Progress | None) -> None:
         report = progress or (lambda done, total: None)

@@ -13,7 +13,6 @@ from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.engine.step import Extras, Inputs, pack_mask
 
 _SMALLEST = 32  # tokens of a step with prompts in it
-_STOP_IDS = 8  # of a row; more double it
 _IDLE = SamplingParams()
 
 
@@ -79,23 +78,34 @@ def _chunks(tokens: int, most: int) -> list[int]:
     return [min(most, tokens - start) for start in range(0, tokens, most)]
 
 
-def idle(shape: Shape, *, max_slots: int, page_table: np.ndarray, vocab_size: int) -> Inputs:
+class Widths(NamedTuple):
+    """What the arrays of one engine have in common.
+
+    Attributes:
+      slots: of a data shard; also the slot of rows that are padding.
+      vocab: V.
+      stops: stop tokens of a request, at most.
+    """
+
+    slots: int
+    vocab: int
+    stops: int
+
+
+def idle(shape: Shape, widths: Widths, page_table: np.ndarray) -> Inputs:
     """Arrays that do nothing: what compiles a program without touching the state."""
     plan = Plan(pieces=(), steps=1, page_table=page_table)
-    return build(plan, (), shape, max_slots=max_slots, vocab_size=vocab_size)
+    return build(plan, (), shape, widths)
 
 
-def build(
-    plan: Plan, generations: Sequence[Generation], shape: Shape, *, max_slots: int, vocab_size: int
-) -> Inputs:
+def build(plan: Plan, generations: Sequence[Generation], shape: Shape, widths: Widths) -> Inputs:
     """The arrays of a plan.
 
     Args:
       plan: from the scheduler.
       generations: one for each piece.
       shape: that it fits in.
-      max_slots: of the engine; the slot of rows that are padding.
-      vocab_size: V.
+      widths: of the engine.
     """
     rows, total = shape.rows, shape.tokens
     pieces = plan.pieces
@@ -108,7 +118,7 @@ def build(
         positions[place] = np.arange(piece.start, piece.start + piece.length)
         row_of[place] = row
     column = lambda values, fill: _padded(values, rows, fill)
-    slots = column([piece.slot for piece in pieces], max_slots)
+    slots = column([piece.slot for piece in pieces], widths.slots)
     params = [generation.params for generation in generations] + [_IDLE] * (rows - len(pieces))
     seeds = [generation.seed for generation in generations] + [0] * (rows - len(pieces))
     return Inputs(
@@ -119,11 +129,11 @@ def build(
         kv_len=column([piece.start + piece.length for piece in pieces], 0),
         query_start=_padded(starts, rows + 1, int(starts[-1])),
         num_rows=np.int32(len(pieces)),
-        page_table=plan.page_table[:, np.minimum(slots, max_slots - 1)],
+        page_table=plan.page_table[:, np.minimum(slots, widths.slots - 1)],
         limit=column([piece.limit for piece in pieces], 0),
-        stop_ids=_stop_ids(generations, rows),
+        stop_ids=_stop_ids(generations, rows, widths.stops),
         sampling=RowSampling.stack(params, seeds),
-        extras=_extras(pieces, generations, starts, total, rows, vocab_size) if shape.full else None,
+        extras=_extras(pieces, generations, starts, total, rows, widths.vocab) if shape.full else None,
     )
 
 
@@ -139,9 +149,7 @@ def _tokens(piece: Piece) -> Sequence[int]:
     return piece.request.tokens[piece.start : piece.start + piece.length]
 
 
-def _stop_ids(generations: Sequence[Generation], rows: int) -> np.ndarray:
-    most = max([1, *(len(generation.stop_ids) for generation in generations)])
-    width = _STOP_IDS << max(0, (most - 1).bit_length() - (_STOP_IDS - 1).bit_length())
+def _stop_ids(generations: Sequence[Generation], rows: int, width: int) -> np.ndarray:
     ids = np.full((rows, width), -1, np.int32)
     for row, generation in zip(ids, generations, strict=False):
         row[: len(generation.stop_ids)] = sorted(generation.stop_ids)

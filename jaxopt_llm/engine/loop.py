@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from jaxopt_llm.engine import inputs
 from jaxopt_llm.engine.generation import Generation
-from jaxopt_llm.engine.inputs import Shape
+from jaxopt_llm.engine.inputs import Shape, Widths
 from jaxopt_llm.engine.plan import Metrics, Plan
 from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerConfig
@@ -36,12 +35,12 @@ class Loop:
     Args:
       runner: the device's side.
       sizes: of each data shard.
-      vocab_size: V.
+      widths: of the arrays it sends.
     """
 
-    def __init__(self, runner: Runner, sizes: SchedulerConfig, vocab_size: int):
+    def __init__(self, runner: Runner, sizes: SchedulerConfig, widths: Widths):
         self.sizes = sizes
-        self._runner, self._vocab_size = runner, vocab_size
+        self._runner, self._widths = runner, widths
         self._schedulers = [Scheduler(sizes) for _ in range(runner.shards)]
         self._running: list[dict[int, Generation]] = [{} for _ in self._schedulers]
         self._in_flight: deque[_Dispatch] = deque()
@@ -100,10 +99,7 @@ class Loop:
 
     def warm_up(self, shape: Shape) -> None:
         """Compiles the program of this shape: see `inputs.idle`."""
-        sizes = self.sizes
-        pages = -(-sizes.max_seq_len // sizes.page_size)
-        table = np.zeros((len(sizes.windows), sizes.max_slots, pages), np.int32)
-        batch = inputs.idle(shape, max_slots=sizes.max_slots, page_table=table, vocab_size=self._vocab_size)
+        batch = inputs.idle(shape, self._widths, self._schedulers[0].page_table)
         self._runner.run([batch] * len(self._schedulers), steps=shape.steps, full=shape.full)
 
     def _read(self) -> None:
@@ -142,13 +138,7 @@ class Loop:
         full = any(generation.full for generation in itertools.chain(*generations))
         shape = inputs.shape([plan for plan in plans if plan], sizes, full=full)
         batches = [
-            inputs.build(
-                plan or _nothing(self._schedulers[i]),
-                generations[i],
-                shape,
-                max_slots=sizes.max_slots,
-                vocab_size=self._vocab_size,
-            )
+            inputs.build(plan or _nothing(self._schedulers[i]), generations[i], shape, self._widths)
             for i, plan in enumerate(plans)
         ]
         return _Dispatch(self._runner.run(batches, steps=shape.steps, full=full), plans, generations)

@@ -76,7 +76,7 @@ def test_build():
     first = generation(range(10, 30), stop_ids=(2, 9), seed=7, temperature=0.5)
     second = generation([1, 2, 3], top_k=4)
     planned = plan(piece(second, 4, 5, 1, limit=1, decodes=True), piece(first, 1, 8, 4, limit=0))
-    built = inputs.build(planned, [second, first], Shape(6, 8, 1, False), max_slots=6, vocab_size=VOCAB)
+    built = inputs.build(planned, [second, first], Shape(6, 8, 1, False), inputs.Widths(6, VOCAB, 3))
     assert built.tokens.tolist() == [-1, 18, 19, 20, 21, 0, 0, 0]
     assert built.positions.tolist()[:5] == [5, 8, 9, 10, 11]
     assert built.rows.tolist() == [0, 1, 1, 1, 1, 6, 6, 6]
@@ -86,7 +86,7 @@ def test_build():
     assert built.num_rows == 2
     assert built.limit.tolist() == [1, 0, 0, 0, 0, 0]
     np.testing.assert_array_equal(built.page_table[:, :2], TABLE[:, [4, 1]])
-    assert built.stop_ids[:, :3].tolist() == [[-1] * 3, [2, 9, -1], *[[-1] * 3] * 4]
+    assert built.stop_ids.tolist() == [[-1] * 3, [2, 9, -1], *[[-1] * 3] * 4]
     assert built.sampling.temperature.tolist() == [0, 0.5, 0, 0, 0, 0]
     assert built.sampling.top_k.tolist() == [4, 0, 0, 0, 0, 0]
     assert built.sampling.seed.tolist() == [0, 7, 0, 0, 0, 0]
@@ -105,7 +105,7 @@ def test_build_with_every_part():
         piece(scored, 1, 4, 6, limit=0),
     )
     extras = inputs.build(
-        planned, [masked, asks, scored], Shape(6, 16, 1, True), max_slots=6, vocab_size=VOCAB
+        planned, [masked, asks, scored], Shape(6, 16, 1, True), inputs.Widths(6, VOCAB, 3)
     ).extras
     assert extras.targets.tolist() == [-1] * 3 + [15, 16, 17, 18, 19] + [-1] * 8, "none after the last"
     assert extras.mask.tolist()[:2] == [[0, 0, 2], [2**32 - 1] * 3]
@@ -120,8 +120,8 @@ def test_padding_has_the_form_of_the_real_thing():
     """What `idle` compiles is what `build` runs."""
     for shape in (*inputs.shapes(SIZES, full=True), *inputs.shapes(SIZES, full=False)):
         asked = generation([1, 2], stop_ids=range(3))
-        real = inputs.build(plan(piece(asked, 0, 0, 1)), [asked], shape, max_slots=6, vocab_size=VOCAB)
-        idle = inputs.idle(shape, max_slots=6, page_table=TABLE, vocab_size=VOCAB)
+        real = inputs.build(plan(piece(asked, 0, 0, 1)), [asked], shape, inputs.Widths(6, VOCAB, 3))
+        idle = inputs.idle(shape, inputs.Widths(6, VOCAB, 3), TABLE)
         form = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
         assert form(real) == form(idle)
         assert not idle.limit.any()

@@ -17,12 +17,7 @@ def analysis(shape, pages, page_size, dtype):
     )
     engine = Engine(oracle.wide(), None, sizes)
     runner, loop = engine._runner, engine._loop
-    batch = inputs.idle(
-        shape,
-        max_slots=2,
-        page_table=loop._schedulers[0].page_table,
-        vocab_size=engine.model_config.vocab_size,
-    )
+    batch = inputs.idle(shape, loop._widths, loop._schedulers[0].page_table)
     program = Program(skeleton=runner._skeleton, steps=shape.steps, full=False)
     compiled = step.lower(runner._leaves, runner._state, batch, program=program).compile()
     return compiled.memory_analysis(), sum(leaf.nbytes for leaf in jax.tree.leaves(runner._state.cache))
