@@ -96,7 +96,7 @@ def test_times_leave_out_compilation(storyteller):
     model, tokenizer = jo.load(storyteller)
     params = SamplingParams(max_tokens=60, temperature=0.5, repetition_penalty=1.1, seed=1)
     engine = Engine(model, tokenizer)
-    engine.warm_up(prompt_tokens=len(encode(PROMPT, tokenizer, 512)), rows=1, full=True)
+    engine.warm_up(prompt_tokens=len(encode(PROMPT, tokenizer, model.config)), rows=1, full=True)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
     try:
