@@ -147,8 +147,15 @@ def test_numbers_of_numpy_and_whole_floats_will_do(field, value, unchecked):
 
 @pytest.mark.parametrize("seed", [0, -1, 2**31, 2**32 + 5, -(10**30)])
 def test_any_whole_number_is_a_seed(seed):
-    (own,) = stack([SamplingParams(seed=seed)]).seed
-    assert int(own) == seed % 2**32
+    assert RowSampling.stack([SamplingParams(seed=seed)], [seed]).seed.tolist() == [seed % 2**32]
+
+
+def test_filters_leave_alone_who_has_none():
+    """Tokens so unlikely that float32 loses them beside 1 stay, though a neighbour's filter sums probabilities."""
+    logits = jnp.asarray([[0.0, *[-20.0] * 9]] * 2)
+    rows = RowSampling.stack([SamplingParams(), SamplingParams(top_p=0.9)], [0, 0])
+    kept = jnp.isfinite(keep_likely(logits, rows)).sum(-1)
+    assert kept.tolist() == [10, 1]
 
 
 def test_the_largest_settings_give_no_nan():
@@ -158,7 +165,7 @@ def test_the_largest_settings_give_no_nan():
         presence_penalty=most, frequency_penalty=most, repetition_penalty=most, temperature=most, min_p=0.5
     )
     logits, seen = jnp.asarray([[2.0, -2.0, 1.0, -1.0, 0.5]]), jnp.zeros((1, 5), bool)
-    slots = stack([settings])
+    slots = RowSampling.stack([settings], [0])
     out = penalize(logits, seen, jnp.asarray([[0, 0, 2, 3, 0]]), slots)
     assert not jnp.isnan(out).any()
     assert int(sample(out, slots, jnp.asarray([0]))[0]) in {0, 1, 4}
