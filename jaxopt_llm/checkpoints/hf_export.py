@@ -22,6 +22,8 @@ from jaxopt_llm.models.families import family, parse_config, write_config
 from jaxopt_llm.models.family import Source
 from jaxopt_llm.text import Tokenizer
 
+_CHUNK = 1 << 20  # bytes of floats made at once
+
 
 def export(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) -> None:
     """Writes config.json, safetensors and the tokenizer, whole or not at all.
@@ -80,13 +82,14 @@ def _tensors(model: Transformer) -> list[TensorSpec]:
 
 
 def _values(value: Weight, dtype: jnp.dtype) -> np.ndarray:
-    floats = _dequantize(value, dtype) if isinstance(value, QArray) else value
-    return np.asarray(floats).astype(dtype, copy=False)
-
-
-@functools.partial(jax.jit, static_argnames="dtype")  # fused: the result is all that it takes
-def _dequantize(value: QArray, dtype: jnp.dtype) -> jax.Array:
-    return value.dequantize(dtype)
+    if not isinstance(value, QArray):
+        return np.asarray(value).astype(dtype, copy=False)
+    held, out = jax.tree.map(np.asarray, value), np.empty(value.shape, dtype)
+    rows = max(1, _CHUNK // max(1, out[:1].nbytes))
+    for first in range(0, len(out), rows):  # on the host: XLA would hold a second copy now and then
+        part = slice(first, first + rows)
+        out[part] = held[part].dequantize(dtype)
+    return out
 
 
 def _expert(value: Weight, index: int, dtype: jnp.dtype) -> np.ndarray:

@@ -32,8 +32,10 @@ def grouped_linear(x: Float[Array, "M I"], w: Weight, sizes: Int[Array, "E"]) ->
 
 def _ragged(x: Array, w: Weight, sizes: Array) -> Array:
     if isinstance(w, QArray):
-        x, w = round_activations(x, w.act), w.dequantize(x.dtype)
-    return jax.lax.ragged_dot(x, w.astype(x.dtype).swapaxes(1, 2), sizes)
+        x, floats = round_activations(x, w.act), w.dequantize(x.dtype)
+    else:
+        floats = w.astype(x.dtype)
+    return jax.lax.ragged_dot(x, floats.swapaxes(1, 2), sizes)
 
 
 def _blocks(x: Array, w: Weight, sizes: Array) -> Array:

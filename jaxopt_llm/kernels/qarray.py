@@ -58,20 +58,26 @@ class QArray:
         """Rows (or experts) of the leading dimension."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
-    def codes(self) -> Int[Array, "... I"]:
-        """The unpacked codes, int8."""
+    def codes(self) -> Int[Any, "... I"]:
+        """The unpacked codes, int8. NumPy in, NumPy out."""
         if self.bits == 8:
             return self.data
-        nibbles = jnp.stack([self.data & 0xF, self.data >> 4], axis=-1).reshape(self.shape).astype(jnp.int8)
-        return nibbles if self.bias is not None else jnp.where(nibbles > 7, nibbles - 16, nibbles)
+        xp = _module(self.data)
+        nibbles = xp.stack([self.data & 0xF, self.data >> 4], axis=-1).reshape(self.shape).astype(jnp.int8)
+        return nibbles if self.bias is not None else xp.where(nibbles > 7, nibbles - 16, nibbles)
 
-    def dequantize(self, dtype: jnp.dtype = jnp.float32) -> Float[Array, "... I"]:
-        """The values, computed in float32 and rounded once."""
+    def dequantize(self, dtype: jnp.dtype = jnp.float32) -> Float[Any, "... I"]:
+        """The values, computed in float32 and rounded once. NumPy in, NumPy out."""
         codes = self.codes().astype(jnp.float32).reshape(*self.scale.shape, self.group)
         values = codes * self.scale[..., None].astype(jnp.float32)
         if self.bias is not None:
             values = values + self.bias[..., None].astype(jnp.float32)
         return values.reshape(self.shape).astype(dtype)
+
+
+def _module(array: Any) -> Any:
+    """`jax.numpy` for JAX arrays, NumPy for its own."""
+    return jnp if isinstance(array, jax.Array) else np
 
 
 Weight = Array | QArray
@@ -167,7 +173,7 @@ def round_symmetric(
     """
     if x.shape[-1] % group:
         raise ValueError(f"{group=} must divide the {x.shape[-1]} input features")
-    xp: Any = jnp if isinstance(x, jax.Array) else np
+    xp = _module(x)
     limit = 2 ** (bits - 1) - 1
     groups = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // group, group)
     scale = (xp.abs(groups).max(-1) / np.float32(limit)).astype(scale_dtype)
@@ -189,7 +195,7 @@ def round_affine(
     """
     if x.shape[-1] % group:
         raise ValueError(f"{group=} must divide the {x.shape[-1]} input features")
-    xp: Any = jnp if isinstance(x, jax.Array) else np
+    xp = _module(x)
     limit = 2**bits - 1
     groups = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // group, group)
     least, most = groups.min(-1), groups.max(-1)
