@@ -144,7 +144,8 @@ class Runner:
     def _on_each(self, function: Any) -> Any:
         """What a function makes, on every device."""
         if self._mesh is None:
-            return function()
+            # Committed, as what a step gives may be: else its second call would compile once more.
+            return jax.device_put(function(), *self._leaves[0].devices())
         return jax.jit(
             jax.shard_map(function, mesh=self._mesh, in_specs=(), out_specs=HELD, check_vma=False)
         )()
