@@ -40,7 +40,7 @@ def load(
     """Loads a checkpoint, mapping its files and placing tensor by tensor.
 
     Peak memory stays under the model's size in memory plus 1.5 times its largest tensor (our own format, which
-    Orbax reads, may take three times its largest tensor, or a few GB).
+    Orbax reads, may take up to 2.5 times its largest tensor).
 
     Args:
       source: an alias, a directory (Hugging Face or our own), a `.gguf` file, `hf:org/name[@revision]`.
