@@ -265,7 +265,7 @@ class Engine:
             priority=priority,
             # What is wanted of every position must be computed; penalties count the tokens that are fed.
             reuse=self.config.prefix_cache and wanted == Wanted() and not settings.penalizes,
-            drafts=None if allowed is None else (),
+            stepwise=allowed is not None,
         )
         generation = Generation(
             request,

@@ -18,7 +18,7 @@ _IDLE = SamplingParams()
 
 def decodes_only(plan: Plan) -> bool:
     """Whether every row feeds the one token that it sampled last."""
-    return all(piece.decodes and piece.length == 1 for piece in plan.pieces)
+    return all(piece.decodes for piece in plan.pieces)
 
 
 def token_bucket(tokens: int, most: int) -> int:
@@ -145,7 +145,7 @@ def _padded(values: Sequence[int] | np.ndarray, size: int, fill: int) -> np.ndar
 
 def _tokens(piece: Piece) -> Sequence[int]:
     if piece.decodes:
-        return [-1, *piece.drafts]
+        return [-1]
     return piece.request.tokens[piece.start : piece.start + piece.length]
 
 

@@ -30,9 +30,8 @@ class Request:
       cache_key: what its keys and values depend on beside its tokens, such as an adapter's name; only requests with
         the same one share pages.
       reuse: look for its prefix in the pages of others. Off where something is wanted of every position.
-      drafts: None for a request that is planned ahead of its tokens. Otherwise it is planned only when its last token
-        is known, and its next step verifies these; empty where nothing is guessed, but the last token must be known
-        to go on (a grammar's mask). `Scheduler.complete` empties them, as they followed an older token.
+      stepwise: planned one step at a time, only once its last token is known: the host makes something of that for
+        the next (a grammar's mask).
 
       status: where it is.
       tokens: the prompt, and the tokens generated as far as they are known.
@@ -45,7 +44,6 @@ class Request:
       reused: tokens found in pages when it was last admitted.
       preemptions: how often.
       in_flight: plans that include it and are not completed.
-      verifying: a plan in flight has drafts of it, so that `computed` may yet go down.
       chain: digests of its full pages.
       registered: leading pages that others may find.
     """
@@ -56,7 +54,7 @@ class Request:
     priority: int = 0
     cache_key: str = ""
     reuse: bool = True
-    drafts: Sequence[int] | None = None
+    stepwise: bool = False
 
     status: Status = dataclasses.field(default=Status.WAITING, init=False)
     tokens: list[int] = dataclasses.field(init=False, repr=False)
@@ -69,7 +67,6 @@ class Request:
     reused: int = dataclasses.field(default=0, init=False)
     preemptions: int = dataclasses.field(default=0, init=False)
     in_flight: int = dataclasses.field(default=0, init=False)
-    verifying: bool = dataclasses.field(default=False, init=False)
     chain: list[bytes] = dataclasses.field(default_factory=list, init=False, repr=False)
     registered: int = dataclasses.field(default=0, init=False)
 
@@ -95,7 +92,7 @@ class Request:
     @property
     def held(self) -> bool:
         """Whether a step in flight must be over before it is planned again."""
-        return self.in_flight > 0 and (self.verifying or self.drafts is not None)
+        return self.stepwise and self.in_flight > 0
 
     @property
     def order(self) -> tuple[int, int]:
@@ -112,11 +109,10 @@ class Piece(NamedTuple):
       slot: row of the device's state.
       start: position of the first token.
       length: tokens fed at once.
-      limit: most tokens that come of it: 0 for a chunk that is not the prompt's last; more than 1 for drafts, and
-        where the dispatch takes several steps, of which a slot takes so many.
-      decodes: the first token is the one that the slot sampled last, the others are `drafts`. Otherwise the host
-        feeds `request.tokens[start : start + length]`.
-      drafts: guesses to verify.
+      limit: most tokens that come of it: 0 for a chunk that is not the prompt's last; more than 1 where the dispatch
+        takes several steps.
+      decodes: its one token is what the slot sampled last. Otherwise the host feeds
+        `request.tokens[start : start + length]`.
       begins: the first piece since the request was given its slot, so that the slot's state is to be set up.
     """
 
@@ -126,7 +122,6 @@ class Piece(NamedTuple):
     length: int
     limit: int
     decodes: bool
-    drafts: tuple[int, ...] = ()
     begins: bool = False
 
     @property

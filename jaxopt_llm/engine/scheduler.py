@@ -176,7 +176,7 @@ class Scheduler:
         """How many steps the next dispatch may take: 1, unless all that run just decode and have the pages to go on."""
         several = self.config.decode_steps
         ready = [request for request in self._running if request.left]
-        if self._waiting or not all(request.decoding and request.drafts is None for request in ready):
+        if self._waiting or not all(request.decoding and not request.stepwise for request in ready):
             return 1
         ends = [(_slot(request), request.computed + min(several, request.left)) for request in ready]
         lacking = sum(self._tables.lacks(slot, end) for slot, end in ends)
@@ -212,9 +212,8 @@ class Scheduler:
 
         Args:
           plan: the oldest in flight.
-          tokens: for each piece, the tokens that came of it: at most `limit`. Fewer where a stop token ended it (then
-            `finish` it before the next plan that includes it completes), or where drafts were rejected: one more than
-            were accepted.
+          tokens: for each piece, the tokens that came of it: at most `limit`. Fewer where a stop token ended it:
+            then `finish` it before the next plan that includes it completes.
 
         Raises:
           ValueError: if they do not belong to each other, or a request goes on past where it ended.
@@ -238,18 +237,11 @@ class Scheduler:
         ready = [
             request for request in self._running if request.decoding and request.left and not request.held
         ]
-        # Half of what is left, so that prompts go on beside them.
-        guesses = (self.config.max_tokens_per_step - len(ready)) // 2
         pieces: list[Piece] = []
         for request in ready:
-            want = min(steps, request.left)
-            if request.drafts:
-                want = min(1 + len(request.drafts), 1 + guesses, request.left)
-            room = self._room(request, request.computed + want)
+            room = self._room(request, request.computed + min(steps, request.left))
             if room:
-                drafts = tuple(request.drafts[: room - 1]) if request.drafts else ()
-                guesses -= len(drafts)
-                pieces.append(self._piece(request, 1 + len(drafts), room, drafts))
+                pieces.append(self._piece(request, 1, room))
         return pieces
 
     def _prefills(self, budget: int) -> list[Piece]:
@@ -264,12 +256,11 @@ class Scheduler:
                 budget -= length
         return pieces
 
-    def _piece(self, request: Request, length: int, limit: int, drafts: tuple[int, ...] = ()) -> Piece:
+    def _piece(self, request: Request, length: int, limit: int) -> Piece:
         decodes = request.decoding
         begins = request.computed == request.reused
-        piece = Piece(request, _slot(request), request.computed, length, limit, decodes, drafts, begins)
+        piece = Piece(request, _slot(request), request.computed, length, limit, decodes, begins)
         request.computed += limit if decodes else length
-        request.verifying = bool(drafts)
         request.in_flight += 1
         return piece
 
@@ -346,10 +337,8 @@ class Scheduler:
         request = piece.request
         reached = piece.start + (len(sampled) if piece.decodes else piece.length)
         request.tokens.extend(sampled)
-        if sampled and request.drafts:
-            request.drafts = ()
         if not request.in_flight:
-            request.computed, request.verifying = reached, False
+            request.computed = reached
         self._register(request, reached)
         self._tables.advance(_slot(request), reached)
         if reached == request.target:
@@ -379,7 +368,7 @@ def _check(piece: Piece, sampled: Sequence[int]) -> None:
         return
     if piece.samples and not piece.decodes and not sampled:
         raise ValueError(f"request {request.id} got no token of its prompt to go on from; finish it first")
-    known = piece.start + piece.length - len(piece.drafts)
+    known = piece.start + piece.length
     if sampled and known != len(request.tokens):
         raise ValueError(
             f"request {request.id} has {len(request.tokens)} tokens and was planned on from {known}: "

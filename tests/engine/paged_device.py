@@ -94,8 +94,8 @@ class Loop:
     def tables(self) -> PageTables:
         return self.scheduler._tables
 
-    def add(self, prompt, max_tokens, *, stops=False, drafts=None, **settings) -> Request:
-        request = Request(id=len(self.known), prompt=prompt, max_tokens=max_tokens, drafts=drafts, **settings)
+    def add(self, prompt, max_tokens, *, stops=False, **settings) -> Request:
+        request = Request(id=len(self.known), prompt=prompt, max_tokens=max_tokens, **settings)
         self.scheduler.add(request)
         self.known[request] = Known.of(request, stops)
         return request
@@ -104,13 +104,6 @@ class Loop:
         if request.status is not Status.ENDED:
             self.cancelled.add(request)
         self.scheduler.cancel(request)
-
-    def draft(self, request: Request, right: int, wrong: int) -> None:
-        """Guesses that begin well and end badly."""
-        known, truth = len(request.tokens), self.known[request].truth
-        guesses = [*truth[known : known + right]]
-        guesses += [(token + 1) % VOCAB for token in truth[known + len(guesses) :][:wrong]]
-        request.drafts = guesses
 
     def update_weights(self) -> None:
         self.scheduler.forget_prefixes()
@@ -183,23 +176,11 @@ class Loop:
             for kind in range(len(self.config.windows)):
                 self.cells[self._place(plan, kind, piece.slot, piece.start)] = None
             return [random.Random(piece.start).randrange(VOCAB)] * piece.limit
-        if plan.steps == 1:
-            self._feed(plan, piece, piece.start, [self.last[piece.slot], *piece.drafts])
-            return self._verify(piece, truth)
         sampled: list[int] = []
         while len(sampled) < piece.limit and not (stops and STOP in sampled):
             position = piece.start + len(sampled)
             self._feed(plan, piece, position, [self.last[piece.slot]])
             sampled += self._sample(piece, truth, position + 1)
-        return sampled
-
-    def _verify(self, piece: Piece, truth: tuple[int, ...]) -> list[int]:
-        sampled: list[int] = []
-        for guess in (*piece.drafts, None):
-            sampled += self._sample(piece, truth, piece.start + 1 + len(sampled))
-            stopped = self.known[piece.request].stops and sampled[-1] == STOP
-            if sampled[-1] != guess or stopped:
-                break
         return sampled
 
     def _sample(self, piece: Piece, truth: tuple[int, ...], position: int) -> list[int]:
@@ -238,10 +219,10 @@ class Loop:
         assert decodes == sorted(decodes, reverse=True), "decodes come first"
         for piece in plan.pieces:
             assert piece.request.status in (Status.RUNNING, Status.PREEMPTED)
-            assert piece.length >= 1 and piece.limit <= max(plan.steps, piece.length)
+            assert piece.length >= 1 and piece.limit <= plan.steps
+            assert not piece.decodes or piece.length == 1
+            assert not (piece.decodes and piece.request.stepwise) or piece.request.in_flight == 1
             assert piece.start + max(piece.length, piece.limit) <= piece.request.target
-            if piece.drafts:
-                assert piece.request.in_flight == 1 and plan.steps == 1
             self._check_writes(plan, piece)
 
     def _check_writes(self, plan: Plan, piece: Piece) -> None:

@@ -32,8 +32,8 @@ def generation(prompt, *, wanted=Wanted(), allowed=None, stop_ids=(), seed=0, **
     )  # fmt: skip
 
 
-def piece(asked, slot, start, length, limit=1, *, decodes=False, begins=False, drafts=()):
-    return Piece(asked.request, slot, start, length, limit, decodes, drafts, begins)
+def piece(asked, slot, start, length, limit=1, *, decodes=False, begins=False):
+    return Piece(asked.request, slot, start, length, limit, decodes, begins)
 
 
 def plan(*pieces):
@@ -49,7 +49,6 @@ def plan(*pieces):
         ([1], False, Shape(6, 32, 1, False)),
         ([1, 30, 1], False, Shape(6, 32, 1, False)),
         ([33], False, Shape(6, 48, 1, False)),
-        ([2], True, Shape(6, 32, 1, False)),  # a draft
     ],
 )
 def test_shape_is_the_smallest_that_fits(lengths, decodes, expected):

@@ -1,4 +1,4 @@
-"""Who runs when: batching, chunks, steps a dispatch, stops and drafts. The simulated device checks every read."""
+"""Who runs when: batching, chunks, steps a dispatch and stops. The simulated device checks every read."""
 
 import pytest
 
@@ -220,49 +220,9 @@ def test_cancelled_while_waiting_running_and_in_flight():
     loop.check_end()
 
 
-def test_drafts_are_verified_and_counts_follow():
-    loop = Loop(page_size=4)
-    request = loop.add(prompt_of(5), 12, drafts=())
-    loop.step()
-    loop.draft(request, right=2, wrong=2)
-    plan = loop.schedule()
-    assert shape(plan) == [(0, 5, 5, 5)]
-    assert loop.schedule() is None, "how many are accepted is not known yet"
-    request.drafts = None
-    assert loop.schedule() is None, "and that does not change with how it goes on"
-    loop.complete()
-    assert (len(request.output), request.computed) == (4, 8)
-    request.drafts = ()
-    loop.draft(request, right=9, wrong=0)
-    assert shape(loop.step()) == [(0, 8, 8, 8)], "no more than it may still give"
-    loop.check_end()
-
-
-def test_drafts_take_half_of_what_decodes_leave():
-    loop = Loop(max_tokens_per_step=10, max_slots=3)
-    requests = [loop.add(prompt_of(3, seed), 20, drafts=()) for seed in (1, 2)]
-    loop.step()
-    loop.add(prompt_of(20, 3), 1)
-    for request in requests:
-        loop.draft(request, right=3, wrong=0)
-    assert shape(loop.step()) == [(0, 3, 4, 4), (1, 3, 2, 2), (2, 0, 4, 0)]
-    loop.drain()
-
-
-def test_drafts_take_no_pages_from_others():
-    loop = Loop(page_size=4, num_pages=(4,), max_seq_len=16)
-    request = loop.add(prompt_of(7, 1), 9, drafts=())
-    other = loop.add(prompt_of(7, 2), 2)
-    loop.step()
-    loop.draft(request, right=8, wrong=0)
-    assert shape(loop.step())[0] == (0, 7, 1, 1)
-    assert other.preemptions == 0
-    loop.drain()
-
-
 def test_a_grammar_waits_for_its_last_token():
     loop = Loop(decode_steps=4)
-    masked = loop.add(prompt_of(3, 1), 4, drafts=())
+    loop.add(prompt_of(3, 1), 4, stepwise=True)
     loop.add(prompt_of(3, 2), 9)
     loop.schedule()
     assert [p.request.id for p in loop.schedule().pieces] == [1]
@@ -270,7 +230,6 @@ def test_a_grammar_waits_for_its_last_token():
     plan = loop.schedule()
     assert plan.steps == 1
     assert [p.request.id for p in plan.pieces] == [0, 1]
-    masked.drafts = None
     loop.drain()
 
 

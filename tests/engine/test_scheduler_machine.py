@@ -49,7 +49,7 @@ REQUESTS = st.fixed_dictionaries(
         "own": st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=4),
         "max_tokens": st.sampled_from([14, 10, 1, 0]),
         "stops": st.sampled_from([False, False, True]),
-        "drafts": st.sampled_from([None, None, ()]),
+        "stepwise": st.sampled_from([False, False, True]),
         "priority": st.sampled_from([1, 1, 0]),
         "cache_key": st.sampled_from(["", "", "adapter"]),
         "reuse": st.sampled_from([True, True, False]),
@@ -101,25 +101,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.loop.in_flight:
                 self.loop.complete()
 
-    @precondition(lambda self: self.guessing())
-    @rule(right=st.integers(0, 4), wrong=st.integers(0, 2))
-    def draft_and_go_on(self, right, wrong):
-        for request in self.guessing():
-            self.loop.draft(request, right, wrong)
-        if len(self.loop.in_flight) < 2:
-            self.loop.schedule()
-
     @precondition(lambda self: self.alive())
-    @rule(data=st.data(), action=st.sampled_from(["wait", "hurry", "draft", "cancel", "update"]))
+    @rule(data=st.data(), action=st.sampled_from(["cancel", "update"]))
     def seldom(self, data, action):
         request = data.draw(st.sampled_from(self.alive()))
         match action:
-            case "wait":
-                request.drafts = ()
-            case "hurry":
-                request.drafts = None
-            case "draft":
-                self.loop.draft(request, right=2, wrong=1)
             case "cancel":
                 self.loop.cancel(request)
             case "update":
@@ -132,9 +118,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def alive(self):
         return [request for request in self.loop.known if request.status is not Status.ENDED]
-
-    def guessing(self):
-        return [r for r in self.alive() if r.drafts is not None and r.decoding and not r.in_flight]
 
     def teardown(self):
         if hasattr(self, "loop"):
