@@ -25,6 +25,8 @@ class EngineConfig:
       max_tokens_per_step: tokens fed in one step at most; longer prompts go in chunks.
       decode_steps: steps of decoding a dispatch when nothing waits.
       prefix_cache: share the pages of equal prefixes.
+      prompt_lookup: draft tokens from where the latest ones stood before (speculative decoding without a draft model).
+      draft_tokens: drafted at a time at most, by prompt lookup or a draft model; fewer where fewer pay.
       cache_dtype: name of the dtype of keys and values; None for the model's own. int8 has a scale a token and head.
     """
 
@@ -35,10 +37,12 @@ class EngineConfig:
     max_tokens_per_step: int = 512
     decode_steps: int = 8
     prefix_cache: bool = True
+    prompt_lookup: bool = False
+    draft_tokens: int = 7
     cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_slots", "page_size", "max_tokens_per_step", "decode_steps"):
+        for name in ("max_slots", "page_size", "max_tokens_per_step", "decode_steps", "draft_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("max_seq_len", "cache_tokens"):

@@ -20,14 +20,15 @@ from jaxtyping import Float
 
 from jaxopt_llm.engine import inputs
 from jaxopt_llm.engine.config import EngineConfig
+from jaxopt_llm.engine.drafting import Drafting
 from jaxopt_llm.engine.generation import Allowed, Generation, Wanted
 from jaxopt_llm.engine.loop import Loop
 from jaxopt_llm.engine.plan import Metrics, Request
+from jaxopt_llm.engine.program import Processor
 from jaxopt_llm.engine.prompt import Prompt, Prompts, encode, several
 from jaxopt_llm.engine.request import Chunk, Result, Score
 from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.sampling import SamplingParams
-from jaxopt_llm.engine.step import Processor
 from jaxopt_llm.models import Transformer
 from jaxopt_llm.text import Tokenizer
 
@@ -80,11 +81,15 @@ class Engine:
       tokenizer: may be None where prompts are token ids and no text is wanted.
       config: sizes.
       processors: JAX functions `(logits [B, V], last tokens [B], positions [B]) -> logits`, before sampling.
-      consume: the model's arrays are deleted once they are packed for the kernels, so that no weight is there twice;
-        the model is of no more use.
+      draft: a smaller model with the same tokenizer, on the same devices, whose guesses the model verifies several at
+        a time: the tokens stay the same and come sooner where it guesses well. Requests that only the full program
+        serves (penalties, log-probabilities, masks, biases) do without.
+      consume: the models' arrays are deleted once they are packed for the kernels, so that no weight is there twice;
+        the models are of no more use.
 
     Raises:
-      ValueError: for sizes that do not fit the model, or a processor that fails or changes the logits' shape.
+      ValueError: for sizes that do not fit the model, a processor that fails or changes the logits' shape, or a draft
+        model that does not suit the model.
     """
 
     def __init__(
@@ -94,17 +99,23 @@ class Engine:
         config: EngineConfig = EngineConfig(),
         *,
         processors: Sequence[Processor] = (),
+        draft: Transformer | None = None,
         consume: bool = False,
     ):
+        if draft is not None and config.prompt_lookup:
+            raise ValueError("give a draft model or prompt_lookup=True, not both")
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
+        self._draft_config = draft.config if draft else None
         self._dtype = model.dtype
         for processor in processors:
             _check(processor, model.config.vocab_size)
         sizes = config.scheduler(model.config)
-        self._runner = Runner(model, sizes, config.kv_dtype(model.dtype), processors, consume=consume)
+        self._runner = Runner(model, config, processors, draft=draft, consume=consume)
         self._stop_ids = frozenset(model.config.eos_ids) | (tokenizer.eos_ids if tokenizer else set())
         widths = inputs.Widths(sizes.max_slots, model.config.vocab_size, max(1, len(self._stop_ids)))
-        self._loop = Loop(self._runner, sizes, widths)
+        speculates = config.prompt_lookup or draft is not None
+        drafting = Drafting(config.draft_tokens, model=draft is not None) if speculates else None
+        self._loop = Loop(self._runner, sizes, widths, drafting)
         self._numbers = itertools.count()
         self._seeds = np.random.default_rng()
         self._lock = threading.RLock()
@@ -186,8 +197,10 @@ class Engine:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token adds while every layer still sees it."""
-        return self.model_config.kv_bytes_per_token(self.config.kv_dtype(self._dtype))
+        """Bytes of keys and values that one token adds while every layer still sees it, the draft model's included."""
+        dtype = self.config.kv_dtype(self._dtype)
+        models = [self.model_config, *filter(None, [self._draft_config])]
+        return sum(model.kv_bytes_per_token(dtype) for model in models)
 
     def metrics(self) -> Metrics:
         """Requests and pages at this moment."""
@@ -223,7 +236,9 @@ class Engine:
           full: with every optional part, else without any.
           progress: called with (programs compiled, of all).
         """
-        shapes = inputs.shapes(self._loop.sizes, prompt_tokens=prompt_tokens, rows=rows, full=full)
+        shapes = inputs.shapes(
+            self._loop.sizes, prompt_tokens=prompt_tokens, rows=rows, full=full, drafts=self._loop.levels
+        )
         with self._lock:
             for done, shape in enumerate(shapes):
                 if progress:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from jaxopt_llm.engine.drafting import Record
 from jaxopt_llm.engine.plan import Piece, Request
+from jaxopt_llm.engine.program import Out, Sampled
 from jaxopt_llm.engine.request import Result, TokenLogprob
 from jaxopt_llm.engine.sampling import SamplingParams
-from jaxopt_llm.engine.step import Out, Sampled
 from jaxopt_llm.text import Detokenizer, Tokenizer
 
 Allowed = Callable[[Sequence[int]], Bool[np.ndarray, "V"] | None]
@@ -74,6 +75,7 @@ class Generation:
         self._shown = 0
         self._start = start
         self._times: list[float] = []
+        self.record = Record()
 
     @property
     def full(self) -> bool:

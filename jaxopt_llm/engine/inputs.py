@@ -8,9 +8,10 @@ import numpy as np
 from jaxopt_llm.engine.config import power_of_two
 from jaxopt_llm.engine.generation import Generation
 from jaxopt_llm.engine.plan import Piece, Plan
+from jaxopt_llm.engine.program import Extras, Inputs
 from jaxopt_llm.engine.sampling import MOST_BIASES, RowSampling, SamplingParams
 from jaxopt_llm.engine.scheduler import SchedulerConfig
-from jaxopt_llm.engine.step import Extras, Inputs, pack_mask
+from jaxopt_llm.engine.step import pack_mask
 
 _SMALLEST = 32  # tokens of a step with prompts in it
 _IDLE = SamplingParams()
@@ -38,12 +39,14 @@ class Shape(NamedTuple):
       rows, tokens: B and T. Equal where every row decodes.
       steps: of decoding, at most; 1 where prompts may be in it.
       full: with every optional part.
+      drafts: of a row in a round, at most.
     """
 
     rows: int
     tokens: int
     steps: int
     full: bool
+    drafts: int = 0
 
 
 def shape(plans: Sequence[Plan], sizes: SchedulerConfig, *, full: bool) -> Shape:
@@ -56,7 +59,12 @@ def shape(plans: Sequence[Plan], sizes: SchedulerConfig, *, full: bool) -> Shape
 
 
 def shapes(
-    sizes: SchedulerConfig, *, prompt_tokens: int | None = None, rows: int | None = None, full: bool
+    sizes: SchedulerConfig,
+    *,
+    prompt_tokens: int | None = None,
+    rows: int | None = None,
+    full: bool,
+    drafts: Sequence[int] = (0,),
 ) -> list[Shape]:
     """Every shape that plans may take.
 
@@ -65,13 +73,15 @@ def shapes(
       prompt_tokens: only those of one prompt of this length; None for any prompts.
       rows: only those of so many requests that decode together; None for any number.
       full: as `Shape` has it.
+      drafts: of programs that decode.
     """
     most = sizes.max_tokens_per_step
     lengths = range(1, most + 1) if prompt_tokens is None else _chunks(prompt_tokens, most)
     counts = range(1, sizes.max_slots + 1) if rows is None else [rows]
     prefill = {Shape(sizes.max_slots, token_bucket(n, most), 1, full) for n in lengths}
     buckets = {row_bucket(n, sizes.max_slots) for n in counts}
-    return sorted(prefill | {Shape(n, n, sizes.decode_steps, full) for n in buckets})
+    levels = (0,) if full else drafts
+    return sorted(prefill | {Shape(n, n, sizes.decode_steps, full, most) for n in buckets for most in levels})
 
 
 def _chunks(tokens: int, most: int) -> list[int]:
@@ -98,7 +108,12 @@ def idle(shape: Shape, widths: Widths, page_table: np.ndarray) -> Inputs:
     return build(plan, (), shape, widths)
 
 
-def build(plan: Plan, generations: Sequence[Generation], shape: Shape, widths: Widths) -> Inputs:
+def build(
+    plan: Plan,
+    generations: Sequence[Generation],
+    shape: Shape,
+    widths: Widths,
+) -> Inputs:
     """The arrays of a plan.
 
     Args:

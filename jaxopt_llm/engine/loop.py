@@ -4,6 +4,7 @@ Each data shard has a scheduler, slots and pages of its own; one dispatch serves
 """
 
 import contextlib
+import dataclasses
 import itertools
 import time
 from collections import deque
@@ -13,17 +14,20 @@ from typing import NamedTuple
 import jax
 
 from jaxopt_llm.engine import inputs
+from jaxopt_llm.engine.drafting import Drafting
 from jaxopt_llm.engine.generation import Generation
 from jaxopt_llm.engine.inputs import Shape, Widths
 from jaxopt_llm.engine.plan import Metrics, Plan
+from jaxopt_llm.engine.program import Inputs, Out
 from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerConfig
-from jaxopt_llm.engine.step import Out
 
 
 class _Dispatch(NamedTuple):
     """A step on its way, and what it is for: a plan and a generation for each of its pieces, of every data shard."""
 
+    shape: Shape
+    sent: float
     out: Out
     plans: list[Plan | None]
     generations: list[list[Generation]]
@@ -36,15 +40,26 @@ class Loop:
       runner: the device's side.
       sizes: of each data shard.
       widths: of the arrays it sends.
+      drafting: decides how many drafts are tried, where the runner makes any.
     """
 
-    def __init__(self, runner: Runner, sizes: SchedulerConfig, widths: Widths):
+    def __init__(
+        self, runner: Runner, sizes: SchedulerConfig, widths: Widths, drafting: Drafting | None = None
+    ):
         self.sizes = sizes
         self._runner, self._widths = runner, widths
         self._schedulers = [Scheduler(sizes) for _ in range(runner.shards)]
         self._running: list[dict[int, Generation]] = [{} for _ in self._schedulers]
         self._in_flight: deque[_Dispatch] = deque()
+        self._drafting = drafting
+        self._drafted = self._accepted = 0
+        self._read_last = 0.0
         self._failure: BaseException | None = None
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Drafts a row that there are programs for."""
+        return self._drafting.levels if self._drafting else (0,)
 
     @property
     def idle(self) -> bool:
@@ -53,7 +68,8 @@ class Loop:
 
     def metrics(self) -> Metrics:
         """Over all data shards."""
-        return _sum([scheduler.metrics for scheduler in self._schedulers])
+        total = _sum([scheduler.metrics for scheduler in self._schedulers])
+        return dataclasses.replace(total, drafted=self._drafted, accepted=self._accepted)
 
     def add(self, generation: Generation) -> None:
         """Takes a request in, where the fewest are.
@@ -100,7 +116,7 @@ class Loop:
     def warm_up(self, shape: Shape) -> None:
         """Compiles the program of this shape: see `inputs.idle`."""
         batch = inputs.idle(shape, self._widths, self._schedulers[0].page_table)
-        self._runner.run([batch] * len(self._schedulers), steps=shape.steps, full=shape.full)
+        self._run([batch] * len(self._schedulers), shape)
 
     def _read(self) -> None:
         """Waits for the oldest dispatch in flight. An interrupt that comes meanwhile loses nothing."""
@@ -137,17 +153,40 @@ class Loop:
         ]
         full = any(generation.full for generation in itertools.chain(*generations))
         shape = inputs.shape([plan for plan in plans if plan], sizes, full=full)
+        if self._drafting and shape.steps > 1 and not full:
+            records = [generation.record for generation in itertools.chain(*generations)]
+            shape = shape._replace(drafts=self._drafting.level(records, shape.rows))
         batches = [
             inputs.build(plan or _nothing(self._schedulers[i]), generations[i], shape, self._widths)
             for i, plan in enumerate(plans)
         ]
-        return _Dispatch(self._runner.run(batches, steps=shape.steps, full=full), plans, generations)
+        out = self._run(batches, shape)
+        return _Dispatch(shape, time.perf_counter(), out, plans, generations)
+
+    def _run(self, batches: Sequence[Inputs], shape: Shape) -> Out:
+        return self._runner.run(batches, steps=shape.steps, full=shape.full, drafts=shape.drafts)
+
+    def _learn(self, dispatch: _Dispatch, outs: Sequence[Out], now: float) -> None:
+        """How the drafts of a dispatch did, and how long it took since it was sent or the one before it was over."""
+        seconds, self._read_last = now - max(dispatch.sent, self._read_last), now
+        if self._drafting is None or outs[0].rounds is None:
+            return
+        shape, rounds = dispatch.shape, max(int(out.rounds or 0) for out in outs)
+        if not shape.full:
+            self._drafting.learn(shape.rows, shape.drafts, rounds, seconds)
+        for out, generations in zip(outs, dispatch.generations, strict=True):
+            for row, generation in enumerate(generations):
+                generation.record.add(rounds, out.tally, row, drafts=shape.drafts)
+            if out.tally:
+                self._drafted += int(out.tally.drafted.sum())
+                self._accepted += int(out.tally.accepted.sum())
 
     def _collect(self, dispatch: _Dispatch) -> None:
         """Gives each request what a dispatch gave it."""
         measures = any(generation.measures for generation in itertools.chain(*dispatch.generations))
         outs = self._runner.read(dispatch.out, whole=measures)
         now = time.perf_counter()
+        self._learn(dispatch, outs, now)
         for scheduler, plan, generations, out in zip(
             self._schedulers, dispatch.plans, dispatch.generations, outs, strict=True
         ):

@@ -149,7 +149,11 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Counts at one moment, pages a kind; the last two since the start."""
+    """Counts at one moment, pages a kind; from `prefix_hit_tokens` on since the start.
+
+    Attributes:
+      drafted, accepted: tokens that speculation verified, and those of them that were right.
+    """
 
     waiting: int
     running: int
@@ -158,3 +162,5 @@ class Metrics:
     pages_free: tuple[int, ...]
     prefix_hit_tokens: int
     preemptions: int
+    drafted: int = 0
+    accepted: int = 0

@@ -5,19 +5,20 @@ the tensor axis itself. Data shards each have slots and pages of their own, and 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxopt_llm.engine.scheduler import SchedulerConfig
-from jaxopt_llm.engine.step import HELD, PACKED, Inputs, Out, Processor, Program, Skeleton, State, step
-from jaxopt_llm.models import Transformer, init_cache, packed, weights
+from jaxopt_llm.engine.config import EngineConfig
+from jaxopt_llm.engine.placed import Placed
+from jaxopt_llm.engine.program import Inputs, Out, Processor, Program, State
+from jaxopt_llm.engine.speculative import Memory, Speculation
+from jaxopt_llm.engine.step import HELD, step
+from jaxopt_llm.models import Cache, ModelConfig, Transformer, init_cache
 
 
 class Runner:
@@ -25,33 +26,47 @@ class Runner:
 
     Args:
       model: on one device, or placed on a mesh of data and tensor axes.
-      sizes: slots and pages of each data shard.
-      cache_dtype: of keys and values.
+      config: of the engine.
       processors: as `Program` has them.
-      consume: delete the model's arrays once they are packed.
+      draft: a smaller model to draft with, placed as the model is; or None.
+      consume: delete the models' arrays once they are packed.
 
     Raises:
-      ValueError: for a mesh that splits another axis.
+      ValueError: for a mesh that splits another axis, or a draft model that does not suit the model.
     """
 
     def __init__(
         self,
         model: Transformer,
-        sizes: SchedulerConfig,
-        cache_dtype: jnp.dtype,
+        config: EngineConfig,
         processors: Sequence[Processor] = (),
         *,
+        draft: Transformer | None = None,
         consume: bool = False,
     ):
-        self._model_config, self._sizes, self._cache_dtype = model.config, sizes, cache_dtype
-        self._processors = tuple(processors)
-        self._mesh = _mesh(model)
-        self._form, leaves = Skeleton.split(model)
-        self._placed = [_Form.of(leaf) for leaf in leaves]
-        self._pack = self._packing()
-        self._skeleton, self._leaves = self._pack(leaves)
-        if consume:
-            _delete(leaves, self._leaves)
+        self._sizes, self._cache_dtype = config.scheduler(model.config), config.kv_dtype(model.dtype)
+        self._model_config, self._draft_config = model.config, draft.config if draft else None
+        self._weights = Placed(model, consume=consume)
+        self._mesh = self._weights.mesh
+        self._draft_leaves: tuple[Array, ...] = ()
+        speculation = _speculation(model.config) if draft or config.prompt_lookup else None
+        if draft is not None and speculation is not None:
+            _check_draft(draft.config, model.config, speculation)
+            placed = Placed(draft, consume=consume)
+            if placed.mesh != self._mesh:
+                raise ValueError(
+                    "the draft model lies on other devices than the model; load it with the same mesh"
+                )
+            self._draft_leaves = placed.leaves
+            speculation = dataclasses.replace(speculation, draft=placed.skeleton)
+        self._program = Program(
+            skeleton=self._weights.skeleton,
+            steps=1,
+            full=False,
+            processors=tuple(processors),
+            speculation=speculation,
+            mesh=self._mesh,
+        )
         self._state = self._initial()
         self._counts: tuple[Any, Any] = (None, None)  # seen and counts, which only full programs take
 
@@ -60,82 +75,65 @@ class Runner:
         """Data shards: how many inputs a step takes."""
         return self._mesh.shape["data"] if self._mesh else 1
 
-    def run(self, batches: Sequence[Inputs], *, steps: int, full: bool) -> Out:
+    def run(self, batches: Sequence[Inputs], *, steps: int, full: bool, drafts: int = 0) -> Out:
         """One dispatch.
 
         Args:
           batches: of equal shapes, one for each data shard.
-          steps, full: as `Program` has them.
+          steps, full, drafts: as `Program` has them.
 
         Returns:
           what it gives, for `read`; not waited for.
         """
-        program = Program(
-            skeleton=self._skeleton, steps=steps, full=full, processors=self._processors, mesh=self._mesh
-        )
+        program = dataclasses.replace(self._program, steps=steps, full=full, drafts=drafts)
         state = self._state
         if full:
             seen, counts = self._no_counts() if self._counts[0] is None else self._counts
             state = dataclasses.replace(state, seen=seen, counts=counts)
         batch = batches[0] if self._mesh is None else jax.tree.map(lambda *a: np.stack(a), *batches)
-        out, state = step(self._leaves, state, batch, program=program)
+        out, state = step((self._weights.leaves, self._draft_leaves), state, batch, program=program)
         if full:
             self._counts = state.seen, state.counts
         self._state = dataclasses.replace(state, seen=None, counts=None)
         return out
 
     def read(self, out: Out, *, whole: bool) -> list[Out]:
-        """Waits for what a dispatch gave, and fetches it for each data shard; unless `whole`, only what was sampled."""
-        fetched = jax.device_get(out if whole else Out(sampled=out.sampled))
+        """Waits for what a dispatch gave, and fetches it for each data shard: all if `whole`, or nothing of prompts."""
+        wanted = out if whole else dataclasses.replace(out, target_logprob=None, best=None, hidden=None)
+        fetched = jax.device_get(wanted)
         if self._mesh is None:
             return [fetched]
         return [jax.tree.map(lambda a, i=i: a[i], fetched) for i in range(self.shards)]
 
     def update(self, model: Transformer) -> None:
-        """Exchanges the parameters for others of the same form.
-
-        Raises:
-          ValueError: if the model has other parts, shapes or dtypes, or lies elsewhere.
-        """
-        form, leaves = Skeleton.split(model)
-        if form != self._form or [_Form.of(leaf) for leaf in leaves] != self._placed:
-            raise ValueError(
-                "the model has other parts, shapes, dtypes or devices than the engine was made for"
-            )
-        _, self._leaves = self._pack(leaves)
-
-    def _packing(self) -> Callable[[tuple[Array, ...]], tuple[Skeleton, tuple[Array, ...]]]:
-        """What packs the leaves of this form of model; compiled once."""
-        if self._mesh is None:
-            return lambda leaves: Skeleton.split(packed(self._form.fill(leaves)))
-        found: list[Skeleton] = []
-
-        def body(*leaves: Array) -> tuple[Array, ...]:
-            skeleton, parts = Skeleton.split(packed(self._form.fill(leaves)))
-            found.append(skeleton)
-            return parts
-
-        specs = tuple(form.spec for form in self._placed)
-        pack = jax.jit(
-            jax.shard_map(body, mesh=self._mesh, in_specs=specs, out_specs=PACKED, check_vma=False)
-        )
-
-        def run(leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:
-            parts = pack(*leaves)
-            return found[0], parts
-
-        return run
+        """As `Placed.update`."""
+        self._weights.update(model)
 
     def _initial(self) -> State:
         config, sizes = self._model_config, self._sizes
+        shards = self._mesh.shape["tensor"] if self._mesh else 1
 
-        def body(shards: int) -> State:
-            cache = init_cache(
-                config, sizes.num_pages, sizes.page_size, self._cache_dtype, kernel=True, shards=shards
+        def pages(config: ModelConfig, counts: Sequence[int]) -> Cache:
+            return init_cache(config, counts, sizes.page_size, self._cache_dtype, kernel=True, shards=shards)
+
+        def body() -> State:
+            return State(
+                cache=pages(config, sizes.num_pages),
+                last_tokens=jnp.zeros(sizes.max_slots, jnp.int32),
+                memory=self._memory(pages),
             )
-            return State(cache=cache, last_tokens=jnp.zeros(sizes.max_slots, jnp.int32))
 
-        return self._on_each(functools.partial(body, self._mesh.shape["tensor"] if self._mesh else 1))
+        return self._on_each(body)
+
+    def _memory(self, pages: Callable[[ModelConfig, Sequence[int]], Cache]) -> Memory | None:
+        spec, draft, sizes = self._program.speculation, self._draft_config, self._sizes
+        if spec is None:
+            return None
+        count = sizes.num_pages[spec.kind]
+        if draft is None:
+            ids = jnp.zeros((count, sizes.page_size), jnp.int32)
+            return Memory(ids=ids)
+        return Memory(cache=pages(draft, [count] * len(draft.window_kinds)))
 
     def _no_counts(self) -> tuple[Array, Array]:
         shape = (self._sizes.max_slots, self._model_config.vocab_size)
@@ -145,53 +143,29 @@ class Runner:
         """What a function makes, on every device."""
         if self._mesh is None:
             # Committed, as what a step gives may be: else its second call would compile once more.
-            return jax.device_put(function(), *self._leaves[0].devices())
+            return jax.device_put(function(), *self._weights.leaves[0].devices())
         return jax.jit(
             jax.shard_map(function, mesh=self._mesh, in_specs=(), out_specs=HELD, check_vma=False)
         )()
 
 
-def _delete(leaves: Sequence[Array], kept: Sequence[Array]) -> None:
-    """Frees the arrays of a model, but for those that lie where one that is kept lies."""
-    place = lambda array: array.addressable_shards[0].data.unsafe_buffer_pointer()
-    places = set(map(place, kept))
-    for leaf in leaves:
-        if place(leaf) not in places:
-            leaf.delete()
+def _speculation(model: ModelConfig) -> Speculation:
+    windows = model.window_kinds
+    reach = [window or model.max_seq_len for window in windows]
+    kind = reach.index(max(reach))
+    return Speculation(kind=kind, window=windows[kind])
 
 
-class _Form(NamedTuple):
-    """What must stay as it is when weights are exchanged."""
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    devices: frozenset[jax.Device]
-    spec: PartitionSpec
-
-    @classmethod
-    def of(cls, leaf: Array) -> Self:
-        where = leaf.sharding
-        spec = where.spec if isinstance(where, NamedSharding) else PartitionSpec()
-        axes = (*spec, *(None,) * (leaf.ndim - len(spec)))
-        return cls(leaf.shape, leaf.dtype, frozenset(where.device_set), PartitionSpec(*axes))
-
-
-def _mesh(model: Transformer) -> Mesh | None:
-    """The mesh that a model lies on; None for one device."""
-    placed = [leaf.sharding for leaf in jax.tree.leaves(weights(model))]
-    if all(len(where.device_set) == 1 for where in placed):
-        return None
-    if not all(isinstance(where, NamedSharding) for where in placed):
-        raise ValueError("the model is spread over devices without a mesh; load it with mesh=")
-    mesh = placed[0].mesh
-    missing = [axis for axis in ("data", "tensor") if axis not in mesh.axis_names]
-    if missing:
+def _check_draft(draft: ModelConfig, model: ModelConfig, speculation: Speculation) -> None:
+    if draft.vocab_size != model.vocab_size:
         raise ValueError(
-            f"the mesh has no axis {' and '.join(missing)}; build it with MeshSpec, which has all"
+            f"the draft model has a vocabulary of {draft.vocab_size} and the model of {model.vocab_size}; "
+            "take one with the same tokenizer"
         )
-    others = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in ("data", "tensor")}
-    if others:
+    if speculation.window is not None and any(
+        window is None or window > speculation.window for window in draft.window_kinds
+    ):
         raise ValueError(
-            f"the engine splits over data and tensor, not over {others}; take a mesh of those axes"
+            f"the model keeps its latest {speculation.window} tokens and the draft model looks back further; "
+            "take one with windows as short, or prompt_lookup"
         )
-    return mesh

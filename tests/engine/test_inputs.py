@@ -11,8 +11,8 @@ from jaxopt_llm.engine import EngineConfig, SamplingParams, inputs
 from jaxopt_llm.engine.generation import Generation, Wanted
 from jaxopt_llm.engine.inputs import Shape
 from jaxopt_llm.engine.plan import Piece, Plan, Request
+from jaxopt_llm.engine.program import Sampled
 from jaxopt_llm.engine.scheduler import SchedulerConfig
-from jaxopt_llm.engine.step import Sampled
 from tests.engine import oracle
 
 VOCAB = 70

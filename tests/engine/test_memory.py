@@ -1,10 +1,12 @@
 """Pages are written in place: what a step needs beside its arguments does not grow with them."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from jaxopt_llm.engine import Engine, EngineConfig, inputs
-from jaxopt_llm.engine.step import Program, step
+from jaxopt_llm.engine.step import step
 from tests.engine import oracle
 
 PROMPTS, DECODE = inputs.Shape(2, 32, 1, False), inputs.Shape(2, 2, 4, False)
@@ -18,8 +20,8 @@ def analysis(shape, pages, page_size, dtype):
     engine = Engine(oracle.wide(), None, sizes)
     runner, loop = engine._runner, engine._loop
     batch = inputs.idle(shape, loop._widths, loop._schedulers[0].page_table)
-    program = Program(skeleton=runner._skeleton, steps=shape.steps, full=False)
-    compiled = step.lower(runner._leaves, runner._state, batch, program=program).compile()
+    program = dataclasses.replace(runner._program, steps=shape.steps)
+    compiled = step.lower((runner._weights.leaves, ()), runner._state, batch, program=program).compile()
     return compiled.memory_analysis(), sum(leaf.nbytes for leaf in jax.tree.leaves(runner._state.cache))
 
 

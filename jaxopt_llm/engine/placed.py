@@ -1,0 +1,118 @@
+"""A model's weights as a step takes them: packed for the kernels, on one device or on a mesh."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jaxopt_llm.engine.skeleton import Skeleton
+from jaxopt_llm.models import Transformer, packed, weights
+
+PACKED = PartitionSpec("tensor")  # how packed weights lie on a mesh: the data shards have the same
+
+
+class Placed:
+    """The weights of one model.
+
+    Args:
+      model: on one device, or placed on a mesh of data and tensor axes.
+      consume: delete the model's arrays once they are packed.
+
+    Attributes:
+      mesh: None for one device.
+      skeleton, leaves: of the packed model.
+
+    Raises:
+      ValueError: for a mesh that splits another axis.
+    """
+
+    def __init__(self, model: Transformer, *, consume: bool):
+        self.mesh = _mesh(model)
+        self._form, leaves = Skeleton.split(model)
+        self._forms = [_Form.of(leaf) for leaf in leaves]
+        self._pack = self._packing()
+        self.skeleton, self.leaves = self._pack(leaves)
+        if consume:
+            _delete(leaves, self.leaves)
+
+    def update(self, model: Transformer) -> None:
+        """Exchanges the weights for others of the same form.
+
+        Raises:
+          ValueError: if the model has other parts, shapes or dtypes, or lies elsewhere.
+        """
+        form, leaves = Skeleton.split(model)
+        if form != self._form or [_Form.of(leaf) for leaf in leaves] != self._forms:
+            raise ValueError(
+                "the model has other parts, shapes, dtypes or devices than the engine was made for"
+            )
+        _, self.leaves = self._pack(leaves)
+
+    def _packing(self) -> Callable[[tuple[Array, ...]], tuple[Skeleton, tuple[Array, ...]]]:
+        """What packs the leaves of this form of model; compiled once."""
+        if self.mesh is None:
+            return lambda leaves: Skeleton.split(packed(self._form.fill(leaves)))
+        found: list[Skeleton] = []
+
+        def body(*leaves: Array) -> tuple[Array, ...]:
+            skeleton, parts = Skeleton.split(packed(self._form.fill(leaves)))
+            found.append(skeleton)
+            return parts
+
+        specs = tuple(form.spec for form in self._forms)
+        pack = jax.jit(jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=PACKED, check_vma=False))
+
+        def run(leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:
+            parts = pack(*leaves)
+            return found[0], parts
+
+        return run
+
+
+def _delete(leaves: Sequence[Array], kept: Sequence[Array]) -> None:
+    """Frees the arrays of a model, but for those that lie where one that is kept lies."""
+    place = lambda array: array.addressable_shards[0].data.unsafe_buffer_pointer()
+    places = set(map(place, kept))
+    for leaf in leaves:
+        if place(leaf) not in places:
+            leaf.delete()
+
+
+class _Form(NamedTuple):
+    """What must stay as it is when weights are exchanged."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    devices: frozenset[jax.Device]
+    spec: PartitionSpec
+
+    @classmethod
+    def of(cls, leaf: Array) -> Self:
+        where = leaf.sharding
+        spec = where.spec if isinstance(where, NamedSharding) else PartitionSpec()
+        axes = (*spec, *(None,) * (leaf.ndim - len(spec)))
+        return cls(leaf.shape, leaf.dtype, frozenset(where.device_set), PartitionSpec(*axes))
+
+
+def _mesh(model: Transformer) -> Mesh | None:
+    """The mesh that a model lies on; None for one device."""
+    placed = [leaf.sharding for leaf in jax.tree.leaves(weights(model))]
+    if all(len(where.device_set) == 1 for where in placed):
+        return None
+    if not all(isinstance(where, NamedSharding) for where in placed):
+        raise ValueError("the model is spread over devices without a mesh; load it with mesh=")
+    mesh = placed[0].mesh
+    missing = [axis for axis in ("data", "tensor") if axis not in mesh.axis_names]
+    if missing:
+        raise ValueError(
+            f"the mesh has no axis {' and '.join(missing)}; build it with MeshSpec, which has all"
+        )
+    others = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in ("data", "tensor")}
+    if others:
+        raise ValueError(
+            f"the engine splits over data and tensor, not over {others}; take a mesh of those axes"
+        )
+    return mesh
