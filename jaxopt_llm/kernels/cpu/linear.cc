@@ -106,8 +106,8 @@ void prepare(const LinearKernels& kernels, const LinearArgs& all, std::vector<Pa
 // Chunks are a few groups of outputs by many rows: their weights stay in cache while the rows pass.
 void multiply(const LinearKernels& kernels, const LinearArgs& all, std::vector<Part>& parts) {
   const size_t groups = all.panels / all.panels_per_group();
-  const size_t group_bytes = all.panels_per_group() * kLanes * all.inputs * all.bits / 8;
-  const size_t width = kChunkBytes / group_bytes + 1;
+  const size_t tile_bytes = kMostPanels * kLanes * all.inputs * all.bits / 8;
+  const size_t width = (kChunkBytes / tile_bytes + 1) * kMostPanels / all.panels_per_group();
   const size_t height = kChunkInputs / (kernels.stripe * all.inputs * (all.round ? 1 : sizeof(float))) + 1;
   const auto stripes = [&](const Part& part) { return ceil_div(part.args.rows, kernels.stripe); };
   const auto down = [&](const Part& part) { return ceil_div(stripes(part), height); };
@@ -119,8 +119,10 @@ void multiply(const LinearKernels& kernels, const LinearArgs& all, std::vector<P
   const bool alone = all.rows * all.panels * kLanes * all.inputs <= kMultiplyAlone;
   share(parts, &Part::chunks_before, count, alone, [&](const Part& part, size_t chunk) {
     const size_t group = chunk / down(part) * width, stripe = chunk % down(part) * height;
+    thread_local Scratch scratch;
+    char* unpacked = all.bits == 8 ? nullptr : scratch.reserve(kMostPanels * kLanes * all.inputs);
     kernels.multiply(part.args, part.tiles, group, std::min(group + width, groups), stripe,
-                     std::min(stripe + height, stripes(part)));
+                     std::min(stripe + height, stripes(part)), reinterpret_cast<uint8_t*>(unpacked));
   });
 }
 
@@ -137,7 +139,8 @@ const float* optional(const ffi::Buffer<ffi::F32>& buffer) {
   return buffer.element_count() == 0 ? nullptr : buffer.typed_data();
 }
 
-// Empty buffers stand for what there is not: without sizes there are no experts in any shape. Shapes and types are checked where the call is made, in Python.
+// Empty buffers stand for what there is not: without sizes there are no experts in any shape. Shapes and types are
+// checked where the call is made, in Python.
 ffi::Error linear(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
                   ffi::Buffer<ffi::F32> bias, ffi::Buffer<ffi::F32> gain, ffi::Buffer<ffi::S32> sizes,
                   ffi::ResultBuffer<ffi::F32> y, float eps, int32_t bits, bool round, int32_t gate) try {
