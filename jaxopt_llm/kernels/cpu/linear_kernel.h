@@ -17,7 +17,7 @@ using jaxopt::Tiles;
 constexpr size_t kStripe = simd::kTileRows[0];
 constexpr size_t kVectors = kBlock / 4;  // of four inputs in a block
 constexpr size_t kAhead = 8192;          // bytes of weights that are fetched before they are read
-constexpr size_t kTall = 6;              // stripes that take longer than reading their weights from memory
+constexpr size_t kTall = 4;              // stripes that take longer than reading their weights from memory
 constexpr float kSmallest = 1.17549435e-38f;
 
 JAXOPT_INLINE F32 load_floats(Floats from, size_t vector) {
