@@ -1,7 +1,7 @@
 """Products with plain or quantized weights: the `jax.numpy` definition."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -66,19 +66,26 @@ def _packed_rows(ids: Array, w: Packed, dtype: jnp.dtype) -> Array:
 
 def _packed_linear(x: Array, w: Packed) -> Array:
     if not isinstance(w.weight, Panels):
-        return _unfused_linear(x, w, w.weight)
+        return unfused(x, w, w.weight, linear)
     rows = x.reshape(-1, x.shape[-1])
     y = product(rows, w.weight, bias=w.bias, gain=w.gain, eps=w.eps, gate=w.gate)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _unfused_linear(x: Array, w: Packed, weights: tuple[Weight, ...]) -> Array:
-    """What a kernel computes, one operation after another."""
+def unfused(
+    x: Float[Array, "*B I"],
+    w: Packed,
+    weights: Sequence[Weight],
+    product: Callable[[Array, Weight], Array],
+    expert: Int[Array, "*B"] | None = None,
+) -> Float[Array, "*B O"]:
+    """What a kernel computes, one operation after another; `expert` is each row's where there are experts."""
     if w.gain is not None:
         x = rms_norm(x, w.gain, eps=w.eps)
-    y = jnp.concatenate([linear(x, part) for part in weights], axis=-1)
+    y = jnp.concatenate([product(x, part) for part in weights], axis=-1)
     if w.bias is not None:
-        y = y + per_feature(w.bias.astype(y.dtype), y)
+        bias = per_feature(w.bias, y) if expert is None else w.bias[expert]
+        y = y + bias.astype(y.dtype)
     if w.gate is None:
         return y
     gate, up = jnp.split(y, 2, axis=-1)

@@ -1,6 +1,7 @@
 """Weights as a platform's kernels want them, fused with their neighbours."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxopt_llm.kernels.qarray import Weight
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packed:
-    """A fused product, made by `pack` and understood by `linear` and `embed` alone.
+    """A fused product, made by `pack` and understood by `linear`, `grouped_linear` and `embed` alone.
 
     Attributes:
       weight: panels for the CPU kernels, or the weights themselves where there is no kernel.
@@ -34,13 +35,14 @@ class Packed:
     gate: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Features of the result and of the input."""
+    def shape(self) -> tuple[int, ...]:
+        """Experts, if there are any, features of the result and of the input."""
         if isinstance(self.weight, Panels):
-            rows, features = self.weight.shape
+            *experts, rows, features = self.weight.shape
         else:
-            rows, features = sum(w.shape[0] for w in self.weight), self.weight[0].shape[1]
-        return (rows if self.gate is None else rows // 2), features
+            *experts, rows, features = self.weight[0].shape
+            rows = sum(w.shape[-2] for w in self.weight)
+        return *experts, (rows if self.gate is None else rows // 2), features
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +53,7 @@ class Packed:
 def pack(
     weights: Sequence[Weight],
     *,
-    bias: Float[Array, "O"] | None = None,
+    bias: Float[Array, "*E O"] | None = None,
     norm: tuple[Float[Array, "I"], float] | None = None,
     gate: str | None = None,
     platform: str | None = None,
@@ -59,7 +61,7 @@ def pack(
     """Weights of one input, as `linear` runs them fastest. Also inside a `shard_map`, on local shapes.
 
     Args:
-      weights: `[O, I]` each; their outputs follow one another.
+      weights: `[O, I]` each; their outputs follow one another. With experts `[E, O, I]`, for `grouped_linear`.
       bias: of all outputs, added to the product.
       norm: gain and epsilon of an `rms_norm` that the input goes through first.
       gate: takes two weights of equal shape, and gives `gate(first) * second`.
@@ -74,8 +76,9 @@ def pack(
     if platform != "cpu" or library.load() is None or not panels.fits(weights):
         return Packed(weight=tuple(weights), bias=bias, gain=gain, eps=eps, gate=gate)
     if bias is not None:
-        halves = jnp.split(bias.astype(jnp.float32), 2 if gate else 1)
-        bias = panels.arrange(halves, gate is not None)
+        halves = jnp.split(bias.astype(jnp.float32), 2 if gate else 1, axis=-1)
+        arrange = functools.partial(panels.arrange, paired=gate is not None)
+        bias = arrange(halves) if bias.ndim == 1 else jax.vmap(arrange)(halves)
     return Packed(
         weight=panels.pack(weights, paired=gate is not None), bias=bias, gain=gain, eps=eps, gate=gate
     )
@@ -83,7 +86,7 @@ def pack(
 
 def _check(weights: Sequence[Weight], gate: str | None) -> None:
     shapes = [w.shape for w in weights]
-    if len({shape[1] for shape in shapes}) != 1:
+    if len({(*shape[:-2], shape[-1]) for shape in shapes}) != 1:
         raise ValueError(f"packed weights need one input, but their shapes are {shapes}")
     if gate is None:
         return

@@ -72,6 +72,10 @@ class Fused(nnx.Module):
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         return kernels.linear(x, self.weight.get_value())
 
+    def grouped(self, x: Float[Array, "M I"], sizes: Int[Array, "E"]) -> Float[Array, "M O"]:
+        """As `Linear.grouped`."""
+        return kernels.grouped_linear(x, self.weight.get_value(), sizes)
+
 
 class Embedding(nnx.Module):
     """A table of rows; `attend` uses it as the head."""

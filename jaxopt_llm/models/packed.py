@@ -7,7 +7,7 @@ from flax import nnx
 from jaxopt_llm import kernels
 from jaxopt_llm.kernels import Packed
 from jaxopt_llm.models.layers import Fused, Linear, Norm, weights
-from jaxopt_llm.models.transformer import Layer, Transformer
+from jaxopt_llm.models.transformer import Layer, MoE, Transformer
 
 
 def as_run(model: Transformer) -> Transformer:
@@ -19,14 +19,15 @@ def as_run(model: Transformer) -> Transformer:
 def packed(model: Transformer) -> Transformer:
     """A copy for running: q, k and v are one product with the norm before them, gate and up another.
 
-    Its parameters are no longer the canonical ones: it can be neither saved, captured nor trained. Experts stay as
-    they are.
+    Its parameters are no longer the canonical ones: it can be neither saved, captured nor trained.
     """
     model = nnx.merge(*nnx.split(model))  # a copy whose parts can be exchanged
     for layer in model.layers:
         _pack_attention(layer)
         if hasattr(layer, "mlp"):
             _pack_mlp(layer)
+        else:
+            _pack_experts(layer.moe)
     for _, part in nnx.iter_modules(model):
         if isinstance(part, Norm):
             part.kernel = True
@@ -53,10 +54,18 @@ def _pack_mlp(layer: Layer) -> None:
     mlp.down.weight = nnx.Param(kernels.pack([mlp.down.weight.get_value()]))
 
 
+def _pack_experts(moe: MoE) -> None:
+    """The norm stays: the router reads what it gives."""
+    gate = moe.activation if moe.limit is None else None
+    moe.gate_up = nnx.data(Fused(_fuse(moe.gate, moe.up, norm=None, gate=gate)))
+    moe.gate = moe.up = None  # type: ignore[assignment]
+    moe.down.weight = nnx.Param(kernels.pack([moe.down.weight.get_value()]))
+
+
 def _fuse(*parts: Linear, norm: Norm | None, gate: str | None = None) -> Packed:
     weights = [part.weight.get_value() for part in parts]
     biases = [part.bias.get_value() for part in parts if part.bias is not None]
-    bias = jnp.concatenate(biases) if biases else None
+    bias = jnp.concatenate(biases, axis=-1) if biases else None
     if norm is None:
         return kernels.pack(weights, bias=bias, gate=gate)
     gain = norm.weight.get_value().astype(jnp.float32) + norm.offset

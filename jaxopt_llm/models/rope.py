@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -67,7 +68,8 @@ def amplitude(rope: Rope) -> float:
 def rotation(rope: Rope, head_dim: int, positions: Int[Array, "T"]) -> Float[Array, "2 T 1 half"]:
     """Cosine and sine of each position's angles."""
     angles = positions.astype(jnp.float32)[:, None] * frequencies(rope, head_dim)[None, :]
-    return amplitude(rope) * jnp.stack([jnp.cos(angles), jnp.sin(angles)])[:, :, None, :]
+    turn = amplitude(rope) * jnp.stack([jnp.cos(angles), jnp.sin(angles)])[:, :, None, :]
+    return jax.lax.optimization_barrier(turn)  # else XLA computes them anew in each layer
 
 
 def rotate(x: Float[Array, "T heads H"], turn: Float[Array, "2 T 1 half"]) -> Float[Array, "T heads H"]:

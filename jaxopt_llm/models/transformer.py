@@ -121,6 +121,7 @@ class MoE(nnx.Module):
         self.gate = project((count, width, d), ("experts", "expert_mlp", "embed"))
         self.up = project((count, width, d), ("experts", "expert_mlp", "embed"))
         self.down = project((count, d, width), ("experts", "embed", "expert_mlp"), reduce="tensor")
+        self.gate_up: Fused | None = None  # of a packed model, in the place of gate and up
         self.experts = experts
         self.activation, self.limit = config.activation, config.swiglu_limit
 
@@ -134,8 +135,13 @@ class MoE(nnx.Module):
         return top / top.sum(-1, keepdims=True) if self.experts.renormalize else top, chosen
 
     def _feed_forward(self, x: Array, expert: Array, sizes: Array) -> Array:
-        gate, up = self.gate.grouped(x, expert, sizes), self.up.grouped(x, expert, sizes)
-        return self.down.grouped(self._gated(gate, up), expert, sizes)
+        if self.gate_up is None:
+            hidden = self._gated(self.gate.grouped(x, expert, sizes), self.up.grouped(x, expert, sizes))
+        else:
+            hidden = self.gate_up.grouped(x, sizes)
+            if self.limit is not None:  # an activation that the kernel does not know
+                hidden = self._gated(*jnp.split(hidden, 2, axis=-1))
+        return self.down.grouped(hidden, expert, sizes)
 
     def _gated(self, gate: Array, up: Array) -> Array:
         if self.limit is None:

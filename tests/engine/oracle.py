@@ -30,8 +30,8 @@ def tiny(name: str, **changes: Any) -> Transformer:
     first = {config.windows[i]: i for i in reversed(range(config.num_layers))}
     layers = (sorted(first.values()) * 2)[:2]
     experts = config.experts and dataclasses.replace(config.experts, layers=(True, True))
-    changes = {"windows": tuple(config.windows[i] for i in layers)} | changes
-    config = dataclasses.replace(config, num_layers=2, experts=experts, **changes)
+    changes = {"experts": experts, "windows": tuple(config.windows[i] for i in layers)} | changes
+    config = dataclasses.replace(config, num_layers=2, **changes)
     model = Transformer(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
     values = {}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxopt_llm.kernels import FORMATS, grouped_linear, moe
+from jaxopt_llm.kernels import FORMATS, grouped_linear, moe, pack
 from jaxopt_llm.kernels.moe import _blocks, _ragged
 
 
@@ -34,6 +34,23 @@ def test_paths_agree_on_quantized_experts(name):
     x = jax.random.normal(jax.random.key(1), (70, 32))
     sizes = jnp.asarray(sizes_of("uneven", 70, 5))
     np.testing.assert_allclose(*(jax.jit(path)(x, w, sizes) for path in (_blocks, _ragged)), atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("name", [*FORMATS, "float"])
+@pytest.mark.parametrize("kind", ["uneven", "one"])
+def test_packed_experts_give_what_is_fused(kind, name, platform):
+    """With kernels, where they were built, and without."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    round_ = FORMATS[name].quantize if name in FORMATS else lambda w: w
+    gate, up = (round_(jax.random.normal(key, (5, 22, 64)) * 0.2) for key in keys[:2])
+    x, bias = jax.random.normal(keys[2], (70, 64)), jax.random.normal(keys[3], (5, 44))
+    sizes = jnp.asarray(sizes_of(kind, 70, 5))
+    of_row = bias[np.repeat(np.arange(5), sizes)]
+    first, second = (grouped_linear(x, w, sizes) for w in (gate, up))
+    packed = pack([gate, up], bias=bias, gate="silu", platform=platform)
+    y = jax.jit(grouped_linear)(x, packed, sizes)
+    np.testing.assert_allclose(y, jax.nn.silu(first + of_row[:, :22]) * (second + of_row[:, 22:]), atol=1e-3)
 
 
 def test_weighted_sum_and_gradient():

@@ -94,12 +94,13 @@ def test_forms_without_kernel_stay_as_they_are():
     [
         (((8, 64), (8, 32)), None, "need one input"),
         (((8, 64), (9, 64)), "silu", "two weights of equal shape"),
+        (((2, 8, 64), (3, 8, 64)), None, "need one input"),
         (((8, 64), (8, 64)), "relu", "known are silu, gelu, gelu_tanh"),
     ],
 )
 def test_what_does_not_go_together_is_refused(shapes, gate, message):
     with pytest.raises(ValueError, match=message):
-        pack([block(0, *shape) for shape in shapes], gate=gate)
+        pack([FORMATS["int8_block"].quantize(normal(0, *shape)) for shape in shapes], gate=gate)
 
 
 def test_other_uses_are_refused():

@@ -4,7 +4,7 @@
 // Within a panel, a block is 32 inputs: `[panel][block][vector][16 outputs][4 inputs]`. Bytes are codes + 128. A byte of
 // nibbles holds the codes of inputs 8k + j (low) and 8k + 4 + j (high), of 8 vectors' worth in 4.
 //
-// Rows of activations come in tiles, as many rows as the registers take: `[block][row][32 inputs]`.
+// Rows of activations come in tiles of a few rows: `[block][row][32 inputs]`.
 //
 // A row's arithmetic is the same in a tile of any height, and no sum is split, so its bits depend on nothing beside it.
 #pragma once
@@ -16,6 +16,7 @@ namespace jaxopt {
 
 constexpr size_t kLanes = 16;  // outputs of a panel
 constexpr size_t kBlock = 32;  // inputs that share one scale of the activations
+constexpr size_t kMostPanels = 2;  // that are multiplied together
 
 enum class FloatType { kF32, kF16, kBF16 };
 enum class Gate { kNone, kSilu, kGelu, kGeluTanh };
@@ -60,12 +61,13 @@ struct Tiles {
 };
 
 // The part that is compiled for each instruction set. Rows are handed out in stripes of so many (the last may have
-// fewer), weights in groups of panels that give 16 results.
+// fewer), weights in groups of panels that give 16 results. `unpacked` has room for the bytes of `kMostPanels` panels;
+// null where weights are bytes.
 struct LinearKernels {
   size_t stripe;
   void (*prepare)(const LinearArgs&, const Tiles&, size_t stripe);
   void (*multiply)(const LinearArgs&, const Tiles&, size_t first_group, size_t last_group, size_t first_stripe,
-                   size_t last_stripe);
+                   size_t last_stripe, uint8_t* unpacked);
 };
 
 }  // namespace jaxopt

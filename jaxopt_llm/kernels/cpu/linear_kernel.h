@@ -10,12 +10,14 @@ using jaxopt::FloatType;
 using jaxopt::Gate;
 using jaxopt::kBlock;
 using jaxopt::kLanes;
+using jaxopt::kMostPanels;
 using jaxopt::LinearArgs;
 using jaxopt::Tiles;
 
 constexpr size_t kStripe = simd::kTileRows[0];
 constexpr size_t kVectors = kBlock / 4;  // of four inputs in a block
 constexpr size_t kAhead = 8192;          // bytes of weights that are fetched before they are read
+constexpr size_t kTall = 4;              // stripes that take longer than reading their weights from memory
 constexpr float kSmallest = 1.17549435e-38f;
 
 JAXOPT_INLINE F32 load_floats(Floats from, size_t vector) {
@@ -35,6 +37,8 @@ inline size_t tile_height(size_t rows) {
   }
   return 1;
 }
+
+inline bool is_tall(size_t first_stripe, size_t last_stripe) { return last_stripe - first_stripe >= kTall; }
 
 // Calls `use(first row, height)` for each tile of a stripe.
 template <class Use>
@@ -154,28 +158,78 @@ void prepare(const LinearArgs& args, const Tiles& tiles, size_t stripe) {
 
 // `vector(codes, k)` is the k-th vector of the block that starts there.
 struct ByteForm {
+  using Vector = simd::Bytes;
   static constexpr size_t kBlockBytes = 64 * kVectors;
 
-  static JAXOPT_INLINE simd::Bytes vector(const uint8_t* codes, size_t k) {
+  static JAXOPT_INLINE Vector vector(const uint8_t* codes, size_t k) {
     return simd::bytes(simd::load_codes(codes + 64 * k));
   }
-  static JAXOPT_INLINE F32 value(simd::Bytes w, int j, int32_t) { return simd::code(w, j); }
+  static JAXOPT_INLINE F32 value(Vector w, int j, int32_t) { return simd::code(w, j); }
 };
 
 struct NibbleForm {
+  using Vector = simd::Nibbles;
   static constexpr size_t kBlockBytes = 32 * kVectors;
 
-  static JAXOPT_INLINE simd::Nibbles vector(const uint8_t* codes, size_t k) {
+  static JAXOPT_INLINE Vector vector(const uint8_t* codes, size_t k) {
     const simd::Codes pair = simd::load_codes(codes + 64 * (k / 2));
     return k % 2 == 0 ? simd::low_nibbles(pair) : simd::high_nibbles(pair);
   }
-  static JAXOPT_INLINE F32 value(simd::Nibbles w, int j, int32_t zero) { return simd::code(w, j, zero); }
+  static JAXOPT_INLINE F32 value(Vector w, int j, int32_t zero) { return simd::code(w, j, zero); }
 };
 
-// ---- one panel with one tile of rows --------------------------------------------------------------------------------
+// Nibbles that `unpack` has made bytes of.
+struct UnpackedForm {
+  using Vector = simd::Nibbles;
+  static constexpr size_t kBlockBytes = 64 * kVectors;
+
+  static JAXOPT_INLINE Vector vector(const uint8_t* codes, size_t k) {
+    return simd::nibbles(simd::load_codes(codes + 64 * k));
+  }
+  static JAXOPT_INLINE F32 value(Vector w, int j, int32_t zero) { return NibbleForm::value(w, j, zero); }
+};
+
+inline void unpack(const uint8_t* nibbles, size_t blocks, uint8_t* bytes) {
+  for (size_t i = 0; i < blocks; ++i) {
+    for (size_t k = 0; k < kVectors; ++k) simd::store_codes(bytes + 64 * k, NibbleForm::vector(nibbles, k));
+    nibbles += NibbleForm::kBlockBytes;
+    bytes += UnpackedForm::kBlockBytes;
+  }
+}
+
+// ---- a tile: some panels with some rows -----------------------------------------------------------------------------
+
+// A block of inputs of some panels.
+template <class Form, size_t kPanels>
+struct WeightBlock {
+  const uint8_t* codes[kPanels];
+  F32 scale[kPanels];
+};
+
+// What a tile gives for a panel: 16 outputs of each row.
+using Sums = float[kStripe][kLanes];
+
+template <size_t kPanels, size_t kRows>
+JAXOPT_INLINE void add_minimum(const F32 (&minimum)[kPanels], const float* x_sum, F32 (&total)[kPanels][kRows]) {
+  JAXOPT_UNROLL
+  for (size_t r = 0; r < kRows; ++r) {
+    const F32 sum = simd::broadcast(x_sum[r]);
+    JAXOPT_UNROLL
+    for (size_t p = 0; p < kPanels; ++p) total[p][r] = simd::fma(minimum[p], sum, total[p][r]);
+  }
+}
+
+template <size_t kPanels, size_t kRows>
+JAXOPT_INLINE void clear(F32 (&sums)[kPanels][kRows]) {
+  JAXOPT_UNROLL
+  for (auto& panel : sums) {
+    JAXOPT_UNROLL
+    for (F32& sum : panel) sum = simd::zero();
+  }
+}
 
 // A tile's rounded rows, block after block.
-template <class Form, size_t kRows>
+template <class Form, size_t kPanels, size_t kRows>
 struct RoundedRows {
   const int8_t* x;
   const float* scale;
@@ -187,20 +241,32 @@ struct RoundedRows {
         start(tiles.start + base * args.blocks()) {}
 
   // Adds a block's products.
-  JAXOPT_INLINE void next(const uint8_t* codes, F32 weight_scale, F32 (&total)[kRows]) {
-    I32 sum[kRows];
+  JAXOPT_INLINE void next(const WeightBlock<Form, kPanels>& weights, F32 (&total)[kPanels][kRows]) {
+    I32 sum[kPanels][kRows];
     JAXOPT_UNROLL
-    for (size_t r = 0; r < kRows; ++r) sum[r] = simd::broadcast(start[r]);
+    for (size_t r = 0; r < kRows; ++r) {
+      JAXOPT_UNROLL
+      for (size_t p = 0; p < kPanels; ++p) sum[p][r] = simd::broadcast(start[r]);
+    }
     JAXOPT_UNROLL
     for (size_t k = 0; k < kVectors; ++k) {
-      const auto weights = Form::vector(codes, k);
+      typename Form::Vector vector[kPanels];
       JAXOPT_UNROLL
-      for (size_t r = 0; r < kRows; ++r) sum[r] = simd::dot(sum[r], weights, simd::four_inputs(x + r * kBlock + 4 * k));
+      for (size_t p = 0; p < kPanels; ++p) vector[p] = Form::vector(weights.codes[p], k);
+      JAXOPT_UNROLL
+      for (size_t r = 0; r < kRows; ++r) {
+        const simd::Four four = simd::four_inputs(x + r * kBlock + 4 * k);
+        JAXOPT_UNROLL
+        for (size_t p = 0; p < kPanels; ++p) sum[p][r] = simd::dot(sum[p][r], vector[p], four);
+      }
     }
     JAXOPT_UNROLL
     for (size_t r = 0; r < kRows; ++r) {
-      const F32 factor = simd::mul(weight_scale, simd::broadcast(scale[r]));
-      total[r] = simd::fma(simd::to_float(sum[r]), factor, total[r]);
+      const F32 row_scale = simd::broadcast(scale[r]);
+      JAXOPT_UNROLL
+      for (size_t p = 0; p < kPanels; ++p) {
+        total[p][r] = simd::fma(simd::to_float(sum[p][r]), simd::mul(weights.scale[p], row_scale), total[p][r]);
+      }
     }
     x += kBlock * kRows;
     scale += kRows;
@@ -209,7 +275,7 @@ struct RoundedRows {
 };
 
 // The same for rows that are not rounded.
-template <class Form, size_t kRows>
+template <class Form, size_t kPanels, size_t kRows>
 struct PlainRows {
   const float* x;
   int32_t zero;
@@ -217,81 +283,100 @@ struct PlainRows {
   PlainRows(const LinearArgs& args, const Tiles& tiles, size_t base)
       : x(tiles.values + base * args.inputs), zero(args.nibble_zero()) {}
 
-  JAXOPT_INLINE void next(const uint8_t* codes, F32 weight_scale, F32 (&total)[kRows]) {
-    F32 sum[kRows];
-    JAXOPT_UNROLL
-    for (F32& s : sum) s = simd::zero();
+  JAXOPT_INLINE void next(const WeightBlock<Form, kPanels>& weights, F32 (&total)[kPanels][kRows]) {
+    F32 sum[kPanels][kRows];
+    clear(sum);
     JAXOPT_UNROLL
     for (size_t k = 0; k < kVectors; ++k) {
-      const auto weights = Form::vector(codes, k);
+      typename Form::Vector vector[kPanels];
+      JAXOPT_UNROLL
+      for (size_t p = 0; p < kPanels; ++p) vector[p] = Form::vector(weights.codes[p], k);
       JAXOPT_UNROLL
       for (int j = 0; j < 4; ++j) {
-        const F32 value = Form::value(weights, j, zero);
+        F32 value[kPanels];
+        JAXOPT_UNROLL
+        for (size_t p = 0; p < kPanels; ++p) value[p] = Form::value(vector[p], j, zero);
         JAXOPT_UNROLL
         for (size_t r = 0; r < kRows; ++r) {
-          sum[r] = simd::fma(value, simd::broadcast(x[r * kBlock + 4 * k + j]), sum[r]);
+          const F32 input = simd::broadcast(x[r * kBlock + 4 * k + j]);
+          JAXOPT_UNROLL
+          for (size_t p = 0; p < kPanels; ++p) sum[p][r] = simd::fma(value[p], input, sum[p][r]);
         }
       }
     }
     JAXOPT_UNROLL
-    for (size_t r = 0; r < kRows; ++r) total[r] = simd::fma(sum[r], weight_scale, total[r]);
+    for (size_t p = 0; p < kPanels; ++p) {
+      JAXOPT_UNROLL
+      for (size_t r = 0; r < kRows; ++r) total[p][r] = simd::fma(sum[p][r], weights.scale[p], total[p][r]);
+    }
     x += kBlock * kRows;
   }
 };
 
-template <template <class, size_t> class Rows, class Form, bool kMinimum, size_t kRows>
-void multiply_tile(const LinearArgs& args, const Tiles& tiles, size_t panel, size_t base, float* out) {
+// Sums of panels from `panel` on, whose codes begin at `codes`: of each, 16 outputs a row.
+template <template <class, size_t, size_t> class Rows, class Form, bool kMinimum, size_t kPanels, size_t kRows>
+void multiply_tile(const LinearArgs& args, const Tiles& tiles, const uint8_t* codes, size_t panel, size_t base,
+                   Sums* out) {
   const size_t blocks = args.blocks(), scales = args.scales, blocks_per_scale = blocks / scales;
-  const uint8_t* codes = args.codes + panel * blocks * Form::kBlockBytes;
   const float* x_sum = tiles.sum + base * blocks;
-  Rows<Form, kRows> rows(args, tiles, base);
-  const bool from_memory = base == 0;  // later tiles find the panel in cache
+  Rows<Form, kPanels, kRows> rows(args, tiles, base);
+  const bool from_memory = base == 0 && kPanels == 1;  // later tiles find the panel in cache
 
-  F32 total[kRows];
-  JAXOPT_UNROLL
-  for (F32& t : total) t = simd::zero();
+  WeightBlock<Form, kPanels> weights;
+  for (size_t p = 0; p < kPanels; ++p) weights.codes[p] = codes + p * blocks * Form::kBlockBytes;
+  F32 minimum[kPanels], total[kPanels][kRows];
+  clear(total);
   for (size_t s = 0; s < scales; ++s) {
-    const F32 scale = load_floats(args.scale, panel * scales + s);
-    F32 minimum = simd::zero();
-    if (kMinimum) minimum = load_floats(args.minimum, panel * scales + s);
+    JAXOPT_UNROLL
+    for (size_t p = 0; p < kPanels; ++p) {
+      const size_t at = (panel + p) * scales + s;
+      weights.scale[p] = load_floats(args.scale, at);
+      if (kMinimum) minimum[p] = load_floats(args.minimum, at);
+    }
     for (size_t b = 0; b < blocks_per_scale; ++b) {
       if (from_memory) {  // hardware stops fetching ahead at the end of each page
         JAXOPT_UNROLL
-        for (size_t line = 0; line < Form::kBlockBytes; line += 64) simd::prefetch(codes + kAhead + line);
+        for (size_t line = 0; line < Form::kBlockBytes; line += 64) simd::prefetch(weights.codes[0] + kAhead + line);
       }
-      rows.next(codes, scale, total);
-      codes += Form::kBlockBytes;
+      rows.next(weights, total);
+      JAXOPT_UNROLL
+      for (const uint8_t*& block : weights.codes) block += Form::kBlockBytes;
       if (kMinimum) {
-        JAXOPT_UNROLL
-        for (size_t r = 0; r < kRows; ++r) total[r] = simd::fma(minimum, simd::broadcast(x_sum[r]), total[r]);
+        add_minimum(minimum, x_sum, total);
         x_sum += kRows;
       }
     }
   }
   JAXOPT_UNROLL
-  for (size_t r = 0; r < kRows; ++r) simd::store(out + r * kLanes, total[r]);
+  for (size_t p = 0; p < kPanels; ++p) {
+    JAXOPT_UNROLL
+    for (size_t r = 0; r < kRows; ++r) simd::store(out[p][r], total[p][r]);
+  }
 }
 
 // The instance of `multiply_tile` for a product, found once for each tile.
-using TileFunction = void (*)(const LinearArgs&, const Tiles&, size_t panel, size_t base, float* out);
+using TileFunction = void (*)(const LinearArgs&, const Tiles&, const uint8_t* codes, size_t panel, size_t base,
+                              Sums* out);
 
-template <class Form, bool kMinimum, size_t kRows>
+template <class Form, bool kMinimum, size_t kPanels, size_t kRows>
 TileFunction tile_function(const LinearArgs& args) {
-  return args.round ? multiply_tile<RoundedRows, Form, kMinimum, kRows> : multiply_tile<PlainRows, Form, kMinimum, kRows>;
+  return args.round ? multiply_tile<RoundedRows, Form, kMinimum, kPanels, kRows>
+                    : multiply_tile<PlainRows, Form, kMinimum, kPanels, kRows>;
 }
 
-template <class Form, size_t kRows>
-TileFunction tile_function(const LinearArgs& args) {
-  return args.minimum.data != nullptr ? tile_function<Form, true, kRows>(args) : tile_function<Form, false, kRows>(args);
-}
-
-template <size_t kIndex = 0>
+template <class Form, size_t kPanels, size_t kIndex = 0>
 TileFunction tile_function(const LinearArgs& args, size_t height) {
   constexpr size_t kRows = simd::kTileRows[kIndex];
   if constexpr (kRows > 1) {
-    if (height != kRows) return tile_function<kIndex + 1>(args, height);
+    if (height != kRows) return tile_function<Form, kPanels, kIndex + 1>(args, height);
   }
-  return args.bits == 8 ? tile_function<ByteForm, kRows>(args) : tile_function<NibbleForm, kRows>(args);
+  return args.minimum.data != nullptr ? tile_function<Form, true, kPanels, kRows>(args)
+                                      : tile_function<Form, false, kPanels, kRows>(args);
+}
+
+template <class Form>
+TileFunction tile_function(const LinearArgs& args, size_t panels, size_t height) {
+  return panels == 1 ? tile_function<Form, 1>(args, height) : tile_function<Form, simd::kTilePanels>(args, height);
 }
 
 // ---- results --------------------------------------------------------------------------------------------------------
@@ -324,17 +409,44 @@ inline void finish(const LinearArgs& args, size_t group, size_t row, const float
   std::memcpy(y, lanes, left * sizeof(float));
 }
 
+// A few groups with a chunk's rows. Few rows wait for memory, and read it as it lies, a panel after another.
+template <class Form>
+void multiply_groups(const LinearArgs& args, const Tiles& tiles, const uint8_t* codes, size_t first_group,
+                     size_t groups, size_t first_stripe, size_t last_stripe) {
+  const size_t per_group = args.panels_per_group(), panels = groups * per_group, first = first_group * per_group;
+  const size_t wide = is_tall(first_stripe, last_stripe) && panels >= simd::kTilePanels ? simd::kTilePanels : 1;
+  Sums sums[kMostPanels];
+  for (size_t stripe = first_stripe; stripe < last_stripe; ++stripe) {
+    for_each_tile(args, stripe, [&](size_t base, size_t height) {
+      const TileFunction tile = tile_function<Form>(args, wide, height);
+      for (size_t p = 0; p < panels; p += wide) {
+        tile(args, tiles, codes + p * args.blocks() * Form::kBlockBytes, first + p, base, sums + p);
+      }
+      for (size_t g = 0; g < groups; ++g) {
+        const Sums* own = sums + g * per_group;
+        for (size_t r = 0; r < height; ++r) finish(args, first_group + g, base + r, own[0][r], own[per_group - 1][r]);
+      }
+    });
+  }
+}
+
 void multiply(const LinearArgs& args, const Tiles& tiles, size_t first_group, size_t last_group, size_t first_stripe,
-              size_t last_stripe) {
-  const size_t panels = args.panels_per_group();
-  float sums[2][kStripe * kLanes];
-  for (size_t group = first_group; group < last_group; ++group) {
-    for (size_t stripe = first_stripe; stripe < last_stripe; ++stripe) {
-      for_each_tile(args, stripe, [&](size_t base, size_t height) {
-        const TileFunction tile = tile_function(args, height);
-        for (size_t p = 0; p < panels; ++p) tile(args, tiles, group * panels + p, base, sums[p]);
-        for (size_t r = 0; r < height; ++r) finish(args, group, base + r, sums[0] + r * kLanes, sums[1] + r * kLanes);
-      });
+              size_t last_stripe, uint8_t* unpacked) {
+  const size_t per_group = args.panels_per_group(), most = kMostPanels / per_group;
+  for (size_t group = first_group; group < last_group; group += most) {
+    const size_t left = last_group - group, groups = left < most ? left : most;
+    const size_t first_block = group * per_group * args.blocks();
+    if (args.bits == 8) {
+      const uint8_t* codes = args.codes + first_block * ByteForm::kBlockBytes;
+      multiply_groups<ByteForm>(args, tiles, codes, group, groups, first_stripe, last_stripe);
+      continue;
+    }
+    const uint8_t* codes = args.codes + first_block * NibbleForm::kBlockBytes;
+    if (is_tall(first_stripe, last_stripe)) {
+      unpack(codes, groups * per_group * args.blocks(), unpacked);
+      multiply_groups<UnpackedForm>(args, tiles, unpacked, group, groups, first_stripe, last_stripe);
+    } else {
+      multiply_groups<NibbleForm>(args, tiles, codes, group, groups, first_stripe, last_stripe);
     }
   }
 }

@@ -23,6 +23,8 @@ _SCALES = (jnp.float32, jnp.float16, jnp.bfloat16)
 class Panels:
     """Weights `[O, I]` in panels of 16 outputs, blocks of 32 inputs, vectors of 64 bytes.
 
+    Of weights `[E, O, I]` every array has a leading dimension of experts.
+
     Attributes:
       codes: `uint8[panels, I/32, vectors, 16, 4]`, four inputs of 16 outputs a vector. Of 4-bit codes the low nibbles
         are one such vector and the high nibbles the next.
@@ -43,8 +45,9 @@ class Panels:
     paired: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows, self.codes.shape[1] * BLOCK
+    def shape(self) -> tuple[int, ...]:
+        *experts, _, blocks, _, _, _ = self.codes.shape
+        return *experts, self.rows, blocks * BLOCK
 
     def dequantize_rows(self, ids: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B I"]:
         """The values of rows `ids`, as `QArray.dequantize` gives them."""
@@ -68,11 +71,19 @@ class Panels:
 
 def fits(weights: Sequence[Weight]) -> TypeGuard[Sequence[QArray]]:
     """Whether these weights, one after another, have a form that the kernels know."""
-    quantized = [w for w in weights if isinstance(w, QArray) and w.ndim == 2]
+    quantized = [w for w in weights if isinstance(w, QArray) and w.ndim in (2, 3)]
     if len(quantized) < len(weights):
         return False
     first = quantized[0]
-    form = lambda w: (w.bits, w.act, w.bias is None, w.scale.shape[-1], w.scale.dtype, w.shape[-1])
+    form = lambda w: (
+        w.bits,
+        w.act,
+        w.bias is None,
+        w.scale.shape[-1],
+        w.scale.dtype,
+        w.shape[:-2],
+        w.shape[-1],
+    )
     return (
         all(form(w) == form(first) for w in quantized)
         and first.bits in (8, 4)
@@ -87,6 +98,8 @@ def fits(weights: Sequence[Weight]) -> TypeGuard[Sequence[QArray]]:
 def pack(weights: Sequence[QArray], *, paired: bool) -> Panels:
     """Panels of weights that fit; `paired` takes two of equal shape."""
     first = weights[0]
+    if first.ndim == 3:
+        return jax.vmap(functools.partial(pack, paired=paired))(weights)
     codes = [_vectors(w) for w in weights]
     scale = [w.scale for w in weights]
     return Panels(

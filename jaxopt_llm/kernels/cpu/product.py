@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxopt_llm.kernels.cpu import library
 from jaxopt_llm.kernels.cpu.panels import Panels
@@ -15,15 +15,26 @@ def product(
     x: Float[Array, "M I"],
     w: Panels,
     *,
-    bias: Float[Array, "panels 16"] | None = None,
+    bias: Float[Array, "*E panels 16"] | None = None,
     gain: Float[Array, "I"] | None = None,
     eps: float = 0.0,
     gate: str | None = None,
+    sizes: Int[Array, "E"] | None = None,
 ) -> Float[Array, "M O"]:
     """`norm(x) @ w.T + bias`, or with `gate` the activated first half of that times the second.
 
+    With `sizes`, weights and bias are those of experts, rows of `x` are sorted by expert and `sizes[e]` of them belong
+    to expert `e`, all in all M. Only experts in use are read.
+
+    Raises:
+      ValueError: if only one of weights and rows knows of experts.
+
     A row of the result has the same bits whatever rows stand beside it and however many threads work.
     """
+    if (len(w.shape) == 3) != (sizes is not None):
+        raise ValueError(
+            f"weights of shape {w.shape} {'with' if sizes is not None else 'without'} sizes of experts"
+        )
     library.load()
     outputs = w.rows if gate is None else w.rows // 2
     call = jax.ffi.ffi_call("jaxopt_linear", jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32))
@@ -34,6 +45,7 @@ def product(
         _or_empty(w.minimum),
         _or_empty(bias),
         _or_empty(gain),
+        jnp.zeros(0, jnp.int32) if sizes is None else sizes.astype(jnp.int32),
         eps=np.float32(eps),
         bits=np.int32(w.bits),
         round=w.round,

@@ -16,6 +16,7 @@ inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), 
 
 constexpr const char* kName = "avx2";
 constexpr size_t kTileRows[] = {4, 2, 1};
+constexpr size_t kTilePanels = 1;
 constexpr size_t kTileVectors = 1;
 
 struct F32 {
@@ -140,6 +141,11 @@ inline Bytes bytes(Codes c) {
   const __m256i sign = _mm256_set1_epi8(-128);
   const __m256i a = _mm256_xor_si256(c.a, sign), b = _mm256_xor_si256(c.b, sign);
   return {a, b, _mm256_abs_epi8(a), _mm256_abs_epi8(b)};
+}
+inline Nibbles nibbles(Codes c) { return {c.a, c.b}; }
+inline void store_codes(uint8_t* p, Nibbles w) {
+  _mm256_storeu_si256((__m256i*)p, w.a);
+  _mm256_storeu_si256((__m256i*)(p + 32), w.b);
 }
 inline Nibbles low_nibbles(Codes c) {
   const __m256i mask = _mm256_set1_epi8(0xf);

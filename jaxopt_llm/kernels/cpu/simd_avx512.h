@@ -19,8 +19,11 @@ inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), 
 
 constexpr const char* kName = "avx512_vnni";
 
-// Rows that a register tile may hold, largest first: an integer and a float accumulator each, in 32 registers.
-constexpr size_t kTileRows[] = {12, 8, 4, 2, 1};
+// Rows that a tile may hold, largest first, and its panels. Of two panels by eight rows the sums of a block stay in
+// registers, those of all blocks do not: they are read and written once a block, which costs less than to read an
+// activation for each panel.
+constexpr size_t kTileRows[] = {8, 4, 2, 1};
+constexpr size_t kTilePanels = 2;
 // Vectors beside six rows in a tile of attention.
 constexpr size_t kTileVectors = 4;
 
@@ -102,6 +105,8 @@ struct Nibbles {
 
 inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Bytes bytes(Codes c) { return {c.v}; }
+inline Nibbles nibbles(Codes c) { return {c.v}; }
+inline void store_codes(uint8_t* p, Nibbles w) { _mm512_storeu_si512(p, w.v); }
 inline Nibbles low_nibbles(Codes c) { return {_mm512_and_si512(c.v, _mm512_set1_epi8(0xf))}; }
 inline Nibbles high_nibbles(Codes c) {
   return {_mm512_and_si512(_mm512_srli_epi16(c.v, 4), _mm512_set1_epi8(0xf))};

@@ -17,6 +17,7 @@ inline void prefetch(const void*) {}
 
 constexpr const char* kName = "portable";
 constexpr size_t kTileRows[] = {4, 1};
+constexpr size_t kTilePanels = 1;
 constexpr size_t kTileVectors = 1;
 constexpr int kLanes = 16;
 
@@ -175,6 +176,10 @@ inline Codes load_codes(const uint8_t* p) {
 inline Bytes bytes(const Codes& c) {
   return each_code<Bytes>(c, [](int u) { return u - 128; });
 }
+inline Nibbles nibbles(const Codes& c) {
+  return each_code<Nibbles>(c, [](int u) { return u; });
+}
+inline void store_codes(uint8_t* p, const Nibbles& w) { std::memcpy(p, w.v, sizeof w.v); }
 inline Nibbles low_nibbles(const Codes& c) {
   return each_code<Nibbles>(c, [](int u) { return u & 0xf; });
 }

@@ -2,11 +2,12 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxopt_llm.kernels import QArray, linear, pack, round_symmetric
+from jaxopt_llm.kernels import QArray, grouped_linear, linear, pack, round_symmetric
 from jaxopt_llm.kernels.cpu import library
 from jaxopt_llm.kernels.cpu.panels import Panels
 
@@ -195,3 +196,72 @@ def test_leading_dimensions_and_no_rows():
     np.testing.assert_array_equal(linear(x.reshape(2, 3, 64), p).reshape(6, 40), linear(x, p))
     assert linear(x[0], p).shape == (40,)
     assert linear(x[:0], p).shape == (0, 40)
+
+
+SIZES = [(3, 0, 30, 1, 0), (1, 0, 0, 0, 0), (0, 0, 0, 40, 0), (0, 0, 0, 0, 0), (7, 64, 2, 13, 5)]
+
+
+def experts(form, count, outputs, inputs):
+    """One weight an expert, and all of them as one."""
+    each = [weight(form, outputs, inputs, seed) for seed in range(count)]
+    return each, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_give_the_bits_of_their_own_weights(form, isa):
+    each, w = experts(form, 5, 40, 96 if FORMS[form][1] == 32 else 64)
+    own, together = [pack([one]) for one in each], pack([w])
+    assert together.shape == w.shape
+    assert isinstance(together.weight, Panels)
+    for sizes in SIZES:
+        x = jnp.asarray(activations(sum(sizes), w.shape[-1]))
+        expert = np.repeat(np.arange(5), sizes)
+        expected = np.zeros((len(x), 40), np.float32)
+        for e in set(expert):
+            expected[expert == e] = linear(x[expert == e], own[e])
+        np.testing.assert_array_equal(grouped_linear(x, together, jnp.asarray(sizes)), expected)
+
+
+def test_experts_with_gate_norm_and_bias(isa):
+    (gates, gate), (ups, up) = (experts("int8_block", 5, outputs, 576) for outputs in (200, 200))
+    up = jax.tree.map(lambda leaf: leaf[::-1], up)
+    bias, norm = jnp.asarray(activations(5, 400, 3)), (jnp.asarray(activations(1, 576, 2)[0]), 1e-5)
+    together = pack([gate, up], bias=bias, norm=norm, gate="silu")
+    assert together.shape == (5, 200, 576)
+    sizes = SIZES[-1]
+    x = jnp.asarray(activations(sum(sizes), 576))
+    y = grouped_linear(x, together, jnp.asarray(sizes))
+    ends = np.cumsum(sizes)
+    for e, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        own = pack([gates[e], ups[4 - e]], bias=bias[e], norm=norm, gate="silu")
+        np.testing.assert_array_equal(y[end - size : end], linear(x[end - size : end], own))
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_threads_do_not_change_the_bits_of_experts(threads):
+    before = library.load().jaxopt_threads()
+    p = pack([experts("int4", 5, 1000, 576)[1]])
+    x, sizes = jnp.asarray(activations(91, 576)), jnp.asarray(SIZES[-1])
+    expected = np.asarray(grouped_linear(x, p, sizes))
+    library.configure(threads=threads)
+    try:
+        np.testing.assert_array_equal(grouped_linear(x, p, sizes), expected)
+    finally:
+        library.configure(threads=before)
+
+
+def test_sizes_that_do_not_fit_touch_no_other_memory():
+    """More rows than there are, or fewer than none: a caller's mistake, which must not read or write elsewhere."""
+    p = pack([experts("int8_block", 3, 40, 64)[1]])
+    x = jnp.asarray(activations(6, 64))
+    good = grouped_linear(x, p, jnp.asarray([2, 4, 0]))
+    np.testing.assert_array_equal(grouped_linear(x, p, jnp.asarray([2, 2**30, 5])), good)
+    np.testing.assert_array_equal(grouped_linear(x, p, jnp.asarray([2, 4, -7])), good)
+
+
+def test_experts_need_sizes_and_others_have_none():
+    x, sizes = jnp.zeros((2, 64)), jnp.asarray([2, 0, 0])
+    with pytest.raises(ValueError, match=r"shape \(3, 40, 64\) without sizes"):
+        linear(x, pack([experts("int8_block", 3, 40, 64)[1]]))
+    with pytest.raises(ValueError, match=r"shape \(40, 64\) with sizes"):
+        grouped_linear(x, pack([weight("int8_block", 40, 64)]), sizes)

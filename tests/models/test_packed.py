@@ -1,0 +1,40 @@
+"""A packed model computes what its own modules do."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxopt_llm as jo
+from jaxopt_llm.kernels.cpu import library
+from jaxopt_llm.kernels.cpu.panels import Panels
+from jaxopt_llm.models import packed
+from jaxopt_llm.models.families import parse_config
+from tests import families
+from tests.engine import oracle
+
+FAMILIES = ("mistral", "qwen3_moe", "mixtral", "gpt_oss")
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 90, (2, 24)))
+
+
+def wide(name):
+    """A model whose sizes suit the kernels."""
+    experts = parse_config(families.TINY[name]).experts
+    changes = (
+        {"experts": dataclasses.replace(experts, d_ff=32, layers=(True, True))} if experts else {"d_ff": 128}
+    )
+    return oracle.tiny(name, d_model=64, head_dim=32, **changes)
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int8_block", "int4"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits(name, format):
+    model = wide(name) if format is None else jo.quantize(wide(name), format)
+    ours = packed(model)
+    for layer in ours.layers:
+        part = layer.moe if hasattr(layer, "moe") else layer.mlp
+        in_panels = [isinstance(p.weight.get_value().weight, Panels) for p in (part.gate_up, part.down)]
+        assert all(in_panels) == (format is not None and library.load() is not None)
+    tie = 0.1 if format in ("int8_block", "int4") else 1e-4  # a rounded activation may fall on its other side
+    assert families.relative_error(ours(TOKENS), model(TOKENS)) < tie
