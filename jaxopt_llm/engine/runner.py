@@ -107,7 +107,7 @@ class Runner:
     def _packing(self) -> Callable[[tuple[Array, ...]], tuple[Skeleton, tuple[Array, ...]]]:
         """What packs the leaves of this form of model; compiled once."""
         if self._mesh is None:
-            return lambda leaves: Skeleton.split(packed(self._form.fill(leaves)))
+            return self._pack_here
         found: list[Skeleton] = []
 
         def body(*leaves: Array) -> tuple[Array, ...]:
@@ -125,6 +125,11 @@ class Runner:
             return found[0], parts
 
         return run
+
+    def _pack_here(self, leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:
+        skeleton, parts = Skeleton.split(packed(self._form.fill(leaves)))
+        # Committed, whoever made them: weights that are and weights that are not would each have their programs.
+        return skeleton, jax.device_put(parts, *leaves[0].devices())
 
     def _initial(self) -> State:
         config, sizes = self._model_config, self._sizes
