@@ -12,7 +12,7 @@ from absl import flags
 
 from jaxopt_llm import evaluate
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import DTYPE, JSON, MESH, MODEL, QUANTIZE
+from jaxopt_llm.cli.flags import JSON, LOADING, MODEL
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.engine import EngineConfig
@@ -29,7 +29,7 @@ CACHE_DTYPE = flags.DEFINE_string(
 def main(argv: Sequence[str]) -> None:
     evaluate.check_lengths(prompt_tokens=PROMPT_TOKENS.value, output_tokens=OUTPUT_TOKENS.value)
     config = EngineConfig(cache_dtype=CACHE_DTYPE.value)
-    model, _ = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
+    model, _ = load(MODEL.value, **LOADING.value)
     with stages("runs") as report:
         found = evaluate.speed(
             model,

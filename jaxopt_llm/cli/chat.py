@@ -9,7 +9,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
-from jaxopt_llm.cli.flags import DTYPE, MESH, MODEL, QUANTIZE, SAMPLING
+from jaxopt_llm.cli.flags import LOADING, MODEL, SAMPLING
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
 
@@ -21,7 +21,7 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
 
 def main(argv: Sequence[str]) -> None:
     params = SamplingParams(**SAMPLING.value)
-    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
+    model, tokenizer = load(MODEL.value, **LOADING.value)
     conversation = Conversation(Engine(model, tokenizer, EngineConfig(max_slots=1), consume=True), params)
     _say(_HELP)
     while (line := _read()) is not None:

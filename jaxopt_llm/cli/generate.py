@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import CHAT, DTYPE, JSON, LOGPROBS, MESH, MODEL, PROMPT, QUANTIZE, SAMPLING
+from jaxopt_llm.cli.flags import CHAT, JSON, LOADING, LOGPROBS, MODEL, PROMPT, SAMPLING
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.engine import Engine, EngineConfig, Prompt, Result, SamplingParams, encode
 from jaxopt_llm.text import Tokenizer
@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
     if not PROMPT.value:
         raise ValueError("--prompt is empty; give at least one character")
     params = SamplingParams(**SAMPLING.value, logprobs=0 if LOGPROBS.value else None)
-    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
+    model, tokenizer = load(MODEL.value, **LOADING.value)
     prompt: Prompt = [{"role": "user", "content": PROMPT.value}] if CHAT.value else PROMPT.value
     length = len(encode(prompt, tokenizer, model.config))
     config = EngineConfig.fitting(model.config, requests=1, tokens=length + params.max_tokens)
