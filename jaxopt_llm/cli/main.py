@@ -13,8 +13,8 @@ from typing import Any
 
 from absl import flags, logging
 
+from jaxopt_llm import cache
 from jaxopt_llm.cli import flags as shared
-from jaxopt_llm.cli import machine
 from jaxopt_llm.configs.overrides import nearest
 
 # command: its module, imported only when it is called, and its line of help
@@ -87,7 +87,7 @@ def _command(name: str) -> ModuleType:
         raise ValueError(f"the command comes before its flags, not {name!r}; see jaxopt-llm --help")
     if name not in COMMANDS:
         raise ValueError(f"no command {name!r}{nearest(name, COMMANDS)}; see jaxopt-llm --help")
-    machine.prepare()
+    cache.prepare()
     return importlib.import_module(COMMANDS[name][0])
 
 

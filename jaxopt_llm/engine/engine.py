@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jaxopt_llm.cache import keep_programs
 from jaxopt_llm.engine import inputs
 from jaxopt_llm.engine.config import EngineConfig
 from jaxopt_llm.engine.generation import Allowed, Generation, Wanted
@@ -75,6 +76,8 @@ def generate(
 class Engine:
     """A model ready to run requests: paged cache, continuous batching, programs compiled as they are needed.
 
+    Making one has JAX keep compiled programs on disk from then on: see `cache.keep_programs`.
+
     Args:
       model: any model, quantized or not.
       tokenizer: may be None where prompts are token ids and no text is wanted.
@@ -96,6 +99,7 @@ class Engine:
         processors: Sequence[Processor] = (),
         consume: bool = False,
     ):
+        keep_programs()
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
         self._dtype = model.dtype
         for processor in processors:
@@ -190,7 +194,7 @@ class Engine:
         return self.model_config.kv_bytes_per_token(self.config.kv_dtype(self._dtype))
 
     def metrics(self) -> Metrics:
-        """Requests and pages at this moment."""
+        """Requests and pages at this moment, and programs so far."""
         with self._lock:
             return self._loop.metrics()
 

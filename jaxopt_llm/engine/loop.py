@@ -4,6 +4,7 @@ Each data shard has a scheduler, slots and pages of its own; one dispatch serves
 """
 
 import contextlib
+import dataclasses
 import itertools
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from jaxopt_llm.engine.inputs import Shape, Widths
 from jaxopt_llm.engine.plan import Metrics, Plan
 from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerConfig
-from jaxopt_llm.engine.step import Out
+from jaxopt_llm.engine.step import Inputs, Out
 
 
 class _Dispatch(NamedTuple):
@@ -43,6 +44,7 @@ class Loop:
         self._runner, self._widths = runner, widths
         self._schedulers = [Scheduler(sizes) for _ in range(runner.shards)]
         self._running: list[dict[int, Generation]] = [{} for _ in self._schedulers]
+        self._shapes: set[Shape] = set()  # of the programs that have run
         self._in_flight: deque[_Dispatch] = deque()
         self._failure: BaseException | None = None
 
@@ -53,7 +55,8 @@ class Loop:
 
     def metrics(self) -> Metrics:
         """Over all data shards."""
-        return _sum([scheduler.metrics for scheduler in self._schedulers])
+        counts = _sum([scheduler.metrics for scheduler in self._schedulers])
+        return dataclasses.replace(counts, programs=len(self._shapes))
 
     def add(self, generation: Generation) -> None:
         """Takes a request in, where the fewest are.
@@ -100,7 +103,11 @@ class Loop:
     def warm_up(self, shape: Shape) -> None:
         """Compiles the program of this shape: see `inputs.idle`."""
         batch = inputs.idle(shape, self._widths, self._schedulers[0].page_table)
-        self._runner.run([batch] * len(self._schedulers), steps=shape.steps, full=shape.full)
+        self._run([batch] * len(self._schedulers), shape)
+
+    def _run(self, batches: Sequence[Inputs], shape: Shape) -> Out:
+        self._shapes.add(shape)
+        return self._runner.run(batches, steps=shape.steps, full=shape.full)
 
     def _read(self) -> None:
         """Waits for the oldest dispatch in flight. An interrupt that comes meanwhile loses nothing."""
@@ -141,7 +148,7 @@ class Loop:
             inputs.build(plan or _nothing(self._schedulers[i]), generations[i], shape, self._widths)
             for i, plan in enumerate(plans)
         ]
-        return _Dispatch(self._runner.run(batches, steps=shape.steps, full=full), plans, generations)
+        return _Dispatch(self._run(batches, shape), plans, generations)
 
     def _collect(self, dispatch: _Dispatch) -> None:
         """Gives each request what a dispatch gave it."""

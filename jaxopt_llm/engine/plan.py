@@ -154,7 +154,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Counts at one moment, pages a kind; the last two since the start."""
+    """Counts at one moment, pages a kind; the last three since the start, programs as an engine compiles them."""
 
     waiting: int
     running: int
@@ -163,3 +163,4 @@ class Metrics:
     pages_free: tuple[int, ...]
     prefix_hit_tokens: int
     preemptions: int
+    programs: int = 0

@@ -40,6 +40,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(generate, expected):
     done = generate()
     assert done.stdout == expected.text + "\n"
     assert "5 tokens in, 24 out (length); first after" in done.stderr
+    assert "compiling" in done.stderr
 
 
 def test_json(generate, expected):
