@@ -5,7 +5,6 @@ The text is read in windows, without a BOS. The error of a figure comes from how
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 
@@ -61,7 +60,7 @@ def measure(
         raise ValueError("--bos: the model's tokenizer has no BOS token; drop the flag")
     ids = tokenizer.encode(text, add_special=False)
     with stages("windows") as report:
-        options: dict[str, Any] = {
+        options: evaluate.Reading = {
             "window": WINDOW.value,
             "stride": STRIDE.value,
             "windows": WINDOWS.value,
