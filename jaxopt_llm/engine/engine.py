@@ -158,22 +158,20 @@ class Engine:
         return Stream(self, generation)
 
     def score(self, prompts: Prompts, *, progress: Progress | None = None) -> list[Score]:
-        """The log-probability of every token of each prompt after its first.
-
-        Raises:
-          ValueError: if the model gives scores that are no numbers.
-        """
+        """The log-probability of every token of each prompt after its first; a prompt may fail alone."""
         return [_score(asked) for asked in self._measure(prompts, Wanted(scores=True), progress)]
 
     def embed(self, prompts: Prompts, *, progress: Progress | None = None) -> Float[np.ndarray, "n D"]:
         """The mean of the last hidden states of each prompt's tokens, float32.
 
-        Raises:
-          ValueError: if they are no numbers.
+        A row is NaN where the model gave no numbers for its prompt.
         """
         asked = self._measure(prompts, Wanted(hidden=True), progress)
-        means = [np.concatenate(generation.hidden).mean(0) for generation in asked]
-        return np.stack(means) if means else np.zeros((0, self.model_config.d_model), np.float32)
+        rows = np.full((len(asked), self.model_config.d_model), np.nan, np.float32)
+        for row, generation in zip(rows, asked, strict=True):
+            if not generation.error:
+                row[:] = np.concatenate(generation.hidden).mean(0)
+        return rows
 
     def encode(self, prompt: Prompt, *, room: int = 1) -> list[int]:
         """The token ids of a prompt.
@@ -297,13 +295,10 @@ class Engine:
         report(len(generations), len(generations))
 
     def _measure(self, prompts: Prompts, wanted: Wanted, progress: Progress | None) -> list[Generation]:
-        """Runs prompts for what is wanted of them, all or none."""
+        """Runs prompts for what is wanted of them."""
         ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
         asked = self._ask_all([(prompt, None, wanted) for prompt in ids])
         self._finish_all(asked, progress)
-        for number, generation in enumerate(asked):
-            if generation.error:
-                raise ValueError(f"prompt {number}: {generation.error}")
         return asked
 
     def cancel(self, generations: Sequence[Generation]) -> None:
@@ -370,11 +365,12 @@ def _has_ended(generation: Generation) -> bool:
 
 
 def _score(generation: Generation) -> Score:
-    prompt = generation.request.prompt[1:]
+    prompt = [] if generation.error else generation.request.prompt[1:]
     pairs = generation.scores[: len(prompt)]
     return Score(
         logprobs=np.array([logprob for logprob, _ in pairs], np.float32),
         greedy=np.array([best for _, best in pairs], np.int32) == np.array(prompt, np.int32),
+        error=generation.error,
     )
 
 
