@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.engine.step import HELD, PACKED, Inputs, Out, Processor, Program, Skeleton, State, step
-from jaxopt_llm.models import Transformer, init_cache, packed, weights
+from jaxopt_llm.models import Transformer, init_cache, mesh_of, packed
 
 
 class Runner:
@@ -182,13 +182,10 @@ class _Form(NamedTuple):
 
 
 def _mesh(model: Transformer) -> Mesh | None:
-    """The mesh that a model lies on; None for one device."""
-    placed = [leaf.sharding for leaf in jax.tree.leaves(weights(model))]
-    if all(len(where.device_set) == 1 for where in placed):
+    """The mesh that a model lies on, if the engine can use it; None for one device."""
+    mesh = mesh_of(model)
+    if mesh is None:
         return None
-    if not all(isinstance(where, NamedSharding) for where in placed):
-        raise ValueError("the model is spread over devices without a mesh; load it with mesh=")
-    mesh = placed[0].mesh
     missing = [axis for axis in ("data", "tensor") if axis not in mesh.axis_names]
     if missing:
         raise ValueError(
