@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxopt_llm.cli import machine
+from jaxopt_llm import cache
 
 _ROOT = Path(__file__).parents[1]
 _PACKAGES = ("jaxopt-llm", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "llama-cpp-python")
@@ -25,7 +25,7 @@ def data_folder() -> Path:
 
 def record(name: str, results: Any) -> None:
     """Prints results as JSON and writes them with date, hardware and versions to benchmarks/results/NAME.json."""
-    cpu, extensions = machine.cpu()
+    cpu, extensions = cache.cpu()
     entry = {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu,

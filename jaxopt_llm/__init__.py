@@ -12,7 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxopt_llm.checkpoints import load, save
+    from jaxopt_llm.checkpoints import Adapter, load, load_adapter, save
     from jaxopt_llm.engine import Engine, EngineConfig, Result, SamplingParams, generate
     from jaxopt_llm.kernels import QArray
     from jaxopt_llm.models import Batch, ModelConfig, Transformer, apply, capture, from_params
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 
 # Found when first asked for, so that `jaxopt-llm --help` and `import jaxopt_llm` load no JAX.
 _HOMES = {
-    "checkpoints": ("load", "save"),
+    "checkpoints": ("Adapter", "load", "load_adapter", "save"),
     "engine": ("Engine", "EngineConfig", "Result", "SamplingParams", "generate"),
     "kernels": ("QArray",),
     "models": ("Batch", "ModelConfig", "Transformer", "apply", "capture", "from_params"),
@@ -35,6 +35,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Adapter",
     "Batch",
     "Engine",
     "EngineConfig",
@@ -50,6 +51,7 @@ __all__ = [
     "from_params",
     "generate",
     "load",
+    "load_adapter",
     "quantize",
     "save",
 ]

@@ -13,19 +13,19 @@ import hypothesis
 import jaxtyping
 import pytest
 
-from jaxopt_llm.cli import machine
+from jaxopt_llm import cache
 
 ROOT = Path(__file__).parents[1]
 
 # Before JAX is imported; the subprocesses of tests inherit it.
-os.environ |= machine.compilation_cache(Path(os.environ.get("JAXOPT_TEST_CACHE", ROOT / ".cache" / "xla")))
+cache.prepare(Path(os.environ.get("JAXOPT_TEST_CACHE", ROOT / ".cache" / "xla")))
 # Tests compile far more than they compute: without optimisation LLVM takes half the time.
 _XLA = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-assert "jax" not in sys.modules, "importing jaxopt_llm.cli.machine, or a pytest plugin, imported JAX"
+assert "jax" not in sys.modules, "importing jaxopt_llm.cache, or a pytest plugin, imported JAX"
 
 import jax  # noqa: E402
 

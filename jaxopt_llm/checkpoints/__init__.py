@@ -1,5 +1,6 @@
 """Floor 3: checkpoints in and out."""
 
+from jaxopt_llm.checkpoints.adapters import Adapter, load_adapter
 from jaxopt_llm.checkpoints.files import CheckpointError
 from jaxopt_llm.checkpoints.gguf_export import export as export_gguf
 from jaxopt_llm.checkpoints.hf_export import export as export_hf
@@ -17,12 +18,14 @@ from jaxopt_llm.checkpoints.resolve import ALIASES, resolve
 
 __all__ = [
     "ALIASES",
+    "Adapter",
     "CheckpointError",
     "default_dtype",
     "export_gguf",
     "export_hf",
     "file_bytes",
     "load",
+    "load_adapter",
     "mesh_sharding",
     "read_config",
     "read_tokenizer",

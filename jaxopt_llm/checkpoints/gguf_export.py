@@ -30,23 +30,31 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # llama.cpp's llama_ftype
 _APART = {"family", "bos_id", "eos_ids", "pad_id", "rope", "rope_local"}  # without effect, or compared apart
 
 
+def check_name(path: Path) -> None:
+    """Raises ValueError for a file that would not be found again as a model."""
+    if path.suffix != ".gguf":
+        raise ValueError(f"{path} must end in .gguf, or no command finds a model in it; try {path}.gguf")
+
+
 def export(model: Transformer, tokenizer: Tokenizer | None, path: str | Path, *, dtype: str = "F16") -> None:
     """Writes a GGUF file in place of `path`, whole or not at all, with one tensor in memory at a time.
 
     Args:
       model: of any family, within what llama.cpp knows of its architecture.
       tokenizer: None for a file that llama.cpp runs on token ids alone.
-      path: of the file.
+      path: of the file; ends in .gguf, by which it is found again.
       dtype: of matrices: F32, F16 or Q8_0 (F16 where 32 does not divide the rows). Weights quantized in
         groups of 32 go to Q8_0 as they are, others by their values. Routers, norms and biases are F32.
 
     Raises:
-      ValueError: if `dtype` is unknown, GGUF cannot hold the model or tokenizer, or float16 a value.
+      ValueError: if `path` ends otherwise, `dtype` is unknown, GGUF cannot hold the model or tokenizer, or float16
+        a value.
       OSError: if the disk is full.
     """
     if dtype not in _FILE_TYPES:
         raise ValueError(f"{dtype=} is unknown; known are {', '.join(_FILE_TYPES)}")
     config, path = model.config, Path(path)
+    check_name(path)
     keys = metadata(config)
     keys |= {
         "general.type": "model",

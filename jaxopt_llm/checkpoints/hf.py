@@ -112,15 +112,21 @@ def _text_model(source: TensorSource, kind: Family) -> tuple[dict[str, Tensor], 
     """Tensors by the names that a text-only checkpoint gives them, and the other models in it."""
     tensors, towers = {}, set()
     for name, tensor in source.items():
-        for prefix, replacement in _PREFIXES:
-            if name.startswith(prefix):
-                name = replacement + name.removeprefix(prefix)
+        name = text_name(name)
         tower = name.removeprefix("model.").split(".")[0]
         if tower in kind.towers:
             towers.add(tower)
         elif not name.endswith(_COMPUTED):
             tensors[name] = tensor
     return tensors, towers
+
+
+def text_name(name: str) -> str:
+    """What a text-only checkpoint calls a tensor of a multimodal one."""
+    for prefix, replacement in _PREFIXES:
+        if name.startswith(prefix):
+            name = replacement + name.removeprefix(prefix)
+    return name
 
 
 def _find(

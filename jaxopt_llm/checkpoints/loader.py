@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxopt_llm.checkpoints import assemble, gguf_model, hf, orbax, safetensors
 from jaxopt_llm.checkpoints import gguf as gguf_file
+from jaxopt_llm.checkpoints.adapters import Adapter, changed, load_adapter
 from jaxopt_llm.checkpoints.files import CheckpointError, TensorSource, refuse_pickles
 from jaxopt_llm.checkpoints.located import Located
 from jaxopt_llm.checkpoints.resolve import resolve
@@ -35,6 +36,7 @@ def load(
     dtype: Any = None,
     quantize: str | None = None,
     mesh: str | MeshSpec | jax.sharding.Mesh | None = None,
+    adapter: str | Path | Adapter | None = None,
     progress: Progress | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
     """Loads a checkpoint, mapping its files and placing tensor by tensor.
@@ -51,6 +53,7 @@ def load(
       mesh: `"tensor=4"`, a `MeshSpec` or a `jax.sharding.Mesh` of its axes, to place parameters shard by shard.
         `tensor` and `expert` split the model. `data` leaves it whole on each of its devices, for a program of
         your own that splits the batch; `generate` and `evaluate` do not.
+      adapter: one in PEFT's format, or where it lies: merged while the weights are read, before they are rounded.
       progress: called with (parameters placed, of all).
 
     Returns:
@@ -65,6 +68,11 @@ def load(
     rounding = None if quantize is None else quantization_format(quantize)
     if native and rounding:
         raise ValueError('dtype="native" keeps the file\'s own rounding; drop it, or drop quantize')
+    if native and adapter is not None:
+        raise ValueError(
+            'dtype="native" keeps the file\'s own codes, and an adapter changes them; use quantize'
+        )
+    own = load_adapter(adapter) if isinstance(adapter, str | Path) else adapter
     chosen = default_dtype() if dtype is None or native else float_dtype(dtype)
     if orbax.is_checkpoint(path):
         if native or rounding:
@@ -73,12 +81,18 @@ def load(
             )
         sharding = None if mesh is None else mesh_sharding(mesh, orbax.read_config(path))
         model = orbax.load(path, dtype=None if dtype is None else chosen, sharding=sharding)
-        return model, read_tokenizer(path)
+        return (own.merge(model) if own else model), read_tokenizer(path)
     with _open(path) as files:
         config, locate = _read_config(files, path)
         wanted = specs(abstract(config, chosen))
         sharding = None if mesh is None else mesh_sharding(mesh, config)
-        located = locate(files, config, wanted)
+        located = dict(locate(files, config, wanted))
+        if own:
+            config, changes = own.fit(config)
+            wanted = specs(abstract(config, chosen))
+            if not config.tied:
+                located.setdefault("head.weight", located["embed.weight"])
+            located |= {name: changed(located[name], change) for name, change in changes.items()}
         weights: dict[str, Weight] = {}
         placed, total = 0, sum(_size(entry) for entry in located.values())
         for name, entry in located.items():

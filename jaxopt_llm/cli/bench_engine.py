@@ -4,7 +4,6 @@ Figures are medians over the repeats. mbu is the share of the machine's read ban
 reading the weights and the cache once a step takes.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ from absl import flags
 
 from jaxopt_llm import evaluate
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import DTYPE, JSON, MESH, MODEL, QUANTIZE
+from jaxopt_llm.cli.flags import JSON, LOADING, MODEL
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.engine import EngineConfig
@@ -29,7 +28,7 @@ CACHE_DTYPE = flags.DEFINE_string(
 def main(argv: Sequence[str]) -> None:
     evaluate.check_lengths(prompt_tokens=PROMPT_TOKENS.value, output_tokens=OUTPUT_TOKENS.value)
     config = EngineConfig(cache_dtype=CACHE_DTYPE.value)
-    model, _ = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
+    model, _ = load(MODEL.value, **LOADING.value)
     with stages("runs") as report:
         found = evaluate.speed(
             model,
@@ -40,10 +39,11 @@ def main(argv: Sequence[str]) -> None:
             config=config,
             progress=functools.partial(report, "timing"),
         )
-    figures = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    figures = {name: value for name, value in vars(found).items() if isinstance(value, evaluate.Spread)}
     if JSON.value:
         medians = {name: spread.median for name, spread in figures.items()}
-        show.json_line(medians | {"spread": {name: [s.low, s.high] for name, s in figures.items()}})
+        spread = {name: [s.low, s.high] for name, s in figures.items()}
+        show.json_line(medians | {"spread": spread, "programs": found.programs})
     else:
         rows = [(name, s.median, s.low, s.high) for name, s in figures.items()]
-        show.table(("", "median", "low", "high"), rows)
+        show.table(("", "median", "low", "high"), [*rows, ("programs", found.programs, None, None)])

@@ -6,11 +6,13 @@ Reads messages from stdin where that is no terminal.
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Sequence
 
-from jaxopt_llm.cli.flags import DTYPE, MESH, MODEL, QUANTIZE, SAMPLING
+from jaxopt_llm.cli.flags import LOADING, MODEL, SAMPLING
 from jaxopt_llm.cli.loading import load
+from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
 
 with contextlib.suppress(ImportError):  # not on every system
@@ -21,8 +23,11 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
 
 def main(argv: Sequence[str]) -> None:
     params = SamplingParams(**SAMPLING.value)
-    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
-    conversation = Conversation(Engine(model, tokenizer, EngineConfig(max_slots=1), consume=True), params)
+    model, tokenizer = load(MODEL.value, **LOADING.value)
+    engine = Engine(model, tokenizer, EngineConfig(max_slots=1), consume=True)
+    conversation = Conversation(engine, params)
+    with stages("programs") as report:
+        engine.warm_up(full=params.needs_full, progress=functools.partial(report, "compiling"))
     _say(_HELP)
     while (line := _read()) is not None:
         match line.strip():

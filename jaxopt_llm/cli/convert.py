@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from absl import flags
 
 from jaxopt_llm import checkpoints
-from jaxopt_llm.checkpoints import hf, orbax
+from jaxopt_llm.checkpoints import gguf_export, hf, orbax
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import DTYPE, JSON, MODEL, OUT, QUANTIZE
+from jaxopt_llm.cli.flags import ADAPTER, DTYPE, JSON, MODEL, OUT, QUANTIZE
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.writing import out_path
 
@@ -25,7 +25,9 @@ def main(argv: Sequence[str]) -> None:
     if GGUF_TYPE.value and FORMAT.value != "gguf":
         raise ValueError(f"--gguf_type={GGUF_TYPE.value} is for --format=gguf, not {FORMAT.value}; drop it")
     out = out_path(OUT.value, marker=MARKERS[FORMAT.value])
-    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value)
+    if FORMAT.value == "gguf":
+        gguf_export.check_name(out)
+    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, adapter=ADAPTER.value)
     match FORMAT.value:
         case "orbax":
             checkpoints.save(model, tokenizer, out)

@@ -5,8 +5,8 @@ import os
 import platform
 from collections.abc import Sequence
 
-from jaxopt_llm.cache import cache_folder
-from jaxopt_llm.cli import machine, show
+from jaxopt_llm import cache
+from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import JSON
 
 PACKAGES = ("jaxopt-llm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -32,8 +32,8 @@ def environment() -> dict[str, object]:
 
     from jaxopt_llm.kernels.cpu import library
 
-    model, instructions = machine.cpu()
-    cache = cache_folder()
+    model, instructions = cache.cpu()
+    folder = cache.cache_folder()
     return {
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "python": platform.python_version(),
@@ -43,7 +43,7 @@ def environment() -> dict[str, object]:
         "cpu": model,
         "vector_extensions": [name for name in instructions if name in VECTOR_EXTENSIONS],
         "kernels": f"CPU: {library.status()}" if jax.default_backend() == "cpu" else "XLA",
-        "cache": cache,
+        "cache": folder,
         "compiled_programs": os.environ.get("JAX_COMPILATION_CACHE_DIR"),
-        "models_cached": sorted(path.name for path in cache.rglob("*.gguf")),
+        "models_cached": sorted(path.name for path in folder.rglob("*.gguf")),
     }

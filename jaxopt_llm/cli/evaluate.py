@@ -5,13 +5,12 @@ The text is read in windows, without a BOS. The error of a figure comes from how
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 
 from jaxopt_llm import evaluate
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import DTYPE, JSON, MESH, MODEL, QUANTIZE, TEXT
+from jaxopt_llm.cli.flags import DTYPE, JSON, LOADING, MESH, MODEL, TEXT
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import read_text, stages
 from jaxopt_llm.models import Transformer
@@ -31,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("eval needs --text, a UTF-8 file to score")
     evaluate.check_sizes(window=WINDOW.value, stride=STRIDE.value, windows=WINDOWS.value)
     text = read_text(TEXT.value)
-    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
+    model, tokenizer = load(MODEL.value, **LOADING.value)
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} has no tokenizer, and text cannot be scored without one")
     reference = _load_reference(REFERENCE.value, tokenizer, text) if REFERENCE.value else None
@@ -61,7 +60,7 @@ def measure(
         raise ValueError("--bos: the model's tokenizer has no BOS token; drop the flag")
     ids = tokenizer.encode(text, add_special=False)
     with stages("windows") as report:
-        options: dict[str, Any] = {
+        options: evaluate.Reading = {
             "window": WINDOW.value,
             "stride": STRIDE.value,
             "windows": WINDOWS.value,

@@ -57,6 +57,13 @@ QUANTIZE = flags.DEFINE_string(
 MESH = flags.DEFINE_string(
     "mesh", None, "Devices to spread the model over, such as tensor=4.", flag_values=SHARED
 )
+ADAPTER = flags.DEFINE_string(
+    "adapter",
+    None,
+    "LoRA adapter in PEFT's format to merge into the weights: a directory, or hf:org/name.",
+    flag_values=SHARED,
+)
+LOADING = FlagGroup((DTYPE, QUANTIZE, MESH, ADAPTER))
 CONFIG = flags.DEFINE_string(
     "config", None, "Config: a packaged name, or one's own file.py.", required=True, flag_values=SHARED
 )

@@ -3,12 +3,14 @@
 The text goes to stdout as it comes, token counts and times to stderr. Programs are compiled before the times start.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import CHAT, DTYPE, JSON, LOGPROBS, MESH, MODEL, PROMPT, QUANTIZE, SAMPLING
+from jaxopt_llm.cli.flags import CHAT, JSON, LOADING, LOGPROBS, MODEL, PROMPT, SAMPLING
 from jaxopt_llm.cli.loading import load
+from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.engine import Engine, EngineConfig, Prompt, Result, SamplingParams, encode
 from jaxopt_llm.text import Tokenizer
 
@@ -17,17 +19,19 @@ def main(argv: Sequence[str]) -> None:
     if not PROMPT.value:
         raise ValueError("--prompt is empty; give at least one character")
     params = SamplingParams(**SAMPLING.value, logprobs=0 if LOGPROBS.value else None)
-    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, quantize=QUANTIZE.value, mesh=MESH.value)
+    model, tokenizer = load(MODEL.value, **LOADING.value)
     prompt: Prompt = [{"role": "user", "content": PROMPT.value}] if CHAT.value else PROMPT.value
     length = len(encode(prompt, tokenizer, model.config))
     config = EngineConfig.fitting(model.config, requests=1, tokens=length + params.max_tokens)
     engine = Engine(model, tokenizer, config, consume=True)
-    engine.warm_up(prompt_tokens=length, rows=1, full=params.needs_full)
+    with stages("programs") as report:
+        progress = functools.partial(report, "compiling")
+        engine.warm_up(prompt_tokens=length, rows=1, full=params.needs_full, progress=progress)
     result = stream(engine, prompt, params, quiet=JSON.value)
     if result.error:
         raise ValueError(result.error)
     if JSON.value:
-        show.json_line(report(result))
+        show.json_line(answer(result))
         return
     print()
     if result.logprobs and tokenizer:
@@ -45,7 +49,7 @@ def stream(engine: Engine, prompt: Prompt, params: SamplingParams, *, quiet: boo
     raise AssertionError("a stream ends with its result")
 
 
-def report(result: Result) -> dict[str, object]:
+def answer(result: Result) -> dict[str, object]:
     """What `--json` prints."""
     values = {
         "text": result.text,

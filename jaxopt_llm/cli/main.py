@@ -13,8 +13,8 @@ from typing import Any
 
 from absl import flags, logging
 
+from jaxopt_llm import cache
 from jaxopt_llm.cli import flags as shared
-from jaxopt_llm.cli import machine
 from jaxopt_llm.configs.overrides import nearest
 
 # command: its module, imported only when it is called, and its line of help
@@ -87,7 +87,7 @@ def _command(name: str) -> ModuleType:
         raise ValueError(f"the command comes before its flags, not {name!r}; see jaxopt-llm --help")
     if name not in COMMANDS:
         raise ValueError(f"no command {name!r}{nearest(name, COMMANDS)}; see jaxopt-llm --help")
-    machine.prepare()
+    cache.prepare()
     return importlib.import_module(COMMANDS[name][0])
 
 
@@ -97,7 +97,8 @@ def _flags(command: ModuleType) -> flags.FlagValues:
     Parsing these instead of absl's global flags refuses those that other modules define, absl's own included.
     """
     values = flags.FlagValues()
-    for holder in _holders(vars(command).values()):
+    named = {holder.name: holder for holder in _holders(vars(command).values())}  # one may be in a group too
+    for holder in named.values():
         is_shared = any(holder is known for known in vars(shared).values())
         flag = (shared.SHARED if is_shared else flags.FLAGS)[holder.name]
         flag.unparse()

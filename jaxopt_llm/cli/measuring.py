@@ -1,4 +1,4 @@
-"""What the commands that measure models share: a text to measure on, and bars for the stages of their work."""
+"""A text to measure on, and bars for the stages of long work."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -9,7 +9,7 @@ from pathlib import Path
 from jaxopt_llm import checkpoints, configs
 from jaxopt_llm.checkpoints.orbax import MARKER
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import CONFIG, DTYPE, JSON, MESH, MODEL, OUT, SET, TEXT
+from jaxopt_llm.cli.flags import ADAPTER, CONFIG, DTYPE, JSON, MESH, MODEL, OUT, SET, TEXT
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import read_text, stages
 from jaxopt_llm.cli.writing import out_path
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     out = out_path(OUT.value, marker=MARKER)
     text = None if TEXT.value is None else read_text(TEXT.value)
     source = checkpoints.resolve(MODEL.value)
-    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, mesh=MESH.value)
+    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, mesh=MESH.value, adapter=ADAPTER.value)
     with stages("steps") as report:
         outcome = optimize(model, tokenizer, recipe, text=text, source=source, out=out, progress=report)
     if JSON.value:

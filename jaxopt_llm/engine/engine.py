@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jaxopt_llm.cache import keep_programs
 from jaxopt_llm.engine import inputs
 from jaxopt_llm.engine.config import EngineConfig
 from jaxopt_llm.engine.drafting import Drafting
@@ -76,6 +77,8 @@ def generate(
 class Engine:
     """A model ready to run requests: paged cache, continuous batching, programs compiled as they are needed.
 
+    Making one has JAX keep compiled programs on disk from then on: see `cache.keep_programs`.
+
     Args:
       model: any model, quantized or not.
       tokenizer: may be None where prompts are token ids and no text is wanted.
@@ -104,6 +107,7 @@ class Engine:
     ):
         if draft is not None and config.prompt_lookup:
             raise ValueError("give a draft model or prompt_lookup=True, not both")
+        keep_programs()
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
         self._draft_config = draft.config if draft else None
         self._dtype = model.dtype
@@ -165,22 +169,20 @@ class Engine:
         return Stream(self, generation)
 
     def score(self, prompts: Prompts, *, progress: Progress | None = None) -> list[Score]:
-        """The log-probability of every token of each prompt after its first.
-
-        Raises:
-          ValueError: if the model gives scores that are no numbers.
-        """
+        """The log-probability of every token of each prompt after its first; a prompt may fail alone."""
         return [_score(asked) for asked in self._measure(prompts, Wanted(scores=True), progress)]
 
     def embed(self, prompts: Prompts, *, progress: Progress | None = None) -> Float[np.ndarray, "n D"]:
         """The mean of the last hidden states of each prompt's tokens, float32.
 
-        Raises:
-          ValueError: if they are no numbers.
+        A row is NaN where the model gave no numbers for its prompt.
         """
         asked = self._measure(prompts, Wanted(hidden=True), progress)
-        means = [np.concatenate(generation.hidden).mean(0) for generation in asked]
-        return np.stack(means) if means else np.zeros((0, self.model_config.d_model), np.float32)
+        rows = np.full((len(asked), self.model_config.d_model), np.nan, np.float32)
+        for row, generation in zip(rows, asked, strict=True):
+            if not generation.error:
+                row[:] = np.concatenate(generation.hidden).mean(0)
+        return rows
 
     def encode(self, prompt: Prompt, *, room: int = 1) -> list[int]:
         """The token ids of a prompt.
@@ -203,7 +205,7 @@ class Engine:
         return sum(model.kv_bytes_per_token(dtype) for model in models)
 
     def metrics(self) -> Metrics:
-        """Requests and pages at this moment."""
+        """Requests and pages at this moment, and programs so far."""
         with self._lock:
             return self._loop.metrics()
 
@@ -308,13 +310,10 @@ class Engine:
         report(len(generations), len(generations))
 
     def _measure(self, prompts: Prompts, wanted: Wanted, progress: Progress | None) -> list[Generation]:
-        """Runs prompts for what is wanted of them, all or none."""
+        """Runs prompts for what is wanted of them."""
         ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
         asked = self._ask_all([(prompt, None, wanted) for prompt in ids])
         self._finish_all(asked, progress)
-        for number, generation in enumerate(asked):
-            if generation.error:
-                raise ValueError(f"prompt {number}: {generation.error}")
         return asked
 
     def cancel(self, generations: Sequence[Generation]) -> None:
@@ -381,11 +380,12 @@ def _has_ended(generation: Generation) -> bool:
 
 
 def _score(generation: Generation) -> Score:
-    prompt = generation.request.prompt[1:]
+    prompt = [] if generation.error else generation.request.prompt[1:]
     pairs = generation.scores[: len(prompt)]
     return Score(
         logprobs=np.array([logprob for logprob, _ in pairs], np.float32),
         greedy=np.array([best for _, best in pairs], np.int32) == np.array(prompt, np.int32),
+        error=generation.error,
     )
 
 

@@ -50,6 +50,7 @@ class Loop:
         self._runner, self._widths = runner, widths
         self._schedulers = [Scheduler(sizes) for _ in range(runner.shards)]
         self._running: list[dict[int, Generation]] = [{} for _ in self._schedulers]
+        self._shapes: set[Shape] = set()  # of the programs that have run
         self._in_flight: deque[_Dispatch] = deque()
         self._drafting = drafting
         self._drafted = self._accepted = 0
@@ -69,7 +70,9 @@ class Loop:
     def metrics(self) -> Metrics:
         """Over all data shards."""
         total = _sum([scheduler.metrics for scheduler in self._schedulers])
-        return dataclasses.replace(total, drafted=self._drafted, accepted=self._accepted)
+        return dataclasses.replace(
+            total, programs=len(self._shapes), drafted=self._drafted, accepted=self._accepted
+        )
 
     def add(self, generation: Generation) -> None:
         """Takes a request in, where the fewest are.
@@ -164,6 +167,7 @@ class Loop:
         return _Dispatch(shape, time.perf_counter(), out, plans, generations)
 
     def _run(self, batches: Sequence[Inputs], shape: Shape) -> Out:
+        self._shapes.add(shape)
         return self._runner.run(batches, steps=shape.steps, full=shape.full, drafts=shape.drafts)
 
     def _learn(self, dispatch: _Dispatch, outs: Sequence[Out], now: float) -> None:

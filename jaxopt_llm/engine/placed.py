@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxopt_llm.engine.skeleton import Skeleton
-from jaxopt_llm.models import Transformer, packed, weights
+from jaxopt_llm.models import Transformer, mesh_of, packed
 
 PACKED = PartitionSpec("tensor")  # how packed weights lie on a mesh: the data shards have the same
 
@@ -54,7 +54,7 @@ class Placed:
     def _packing(self) -> Callable[[tuple[Array, ...]], tuple[Skeleton, tuple[Array, ...]]]:
         """What packs the leaves of this form of model; compiled once."""
         if self.mesh is None:
-            return lambda leaves: Skeleton.split(packed(self._form.fill(leaves)))
+            return self._pack_here
         found: list[Skeleton] = []
 
         def body(*leaves: Array) -> tuple[Array, ...]:
@@ -70,6 +70,11 @@ class Placed:
             return found[0], parts
 
         return run
+
+    def _pack_here(self, leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:
+        skeleton, parts = Skeleton.split(packed(self._form.fill(leaves)))
+        # Committed, whoever made them: weights that are and weights that are not would each have their programs.
+        return skeleton, jax.device_put(parts, *leaves[0].devices())
 
 
 def _delete(leaves: Sequence[Array], kept: Sequence[Array]) -> None:
@@ -98,13 +103,10 @@ class _Form(NamedTuple):
 
 
 def _mesh(model: Transformer) -> Mesh | None:
-    """The mesh that a model lies on; None for one device."""
-    placed = [leaf.sharding for leaf in jax.tree.leaves(weights(model))]
-    if all(len(where.device_set) == 1 for where in placed):
+    """The mesh that a model lies on, if the engine can use it; None for one device."""
+    mesh = mesh_of(model)
+    if mesh is None:
         return None
-    if not all(isinstance(where, NamedSharding) for where in placed):
-        raise ValueError("the model is spread over devices without a mesh; load it with mesh=")
-    mesh = placed[0].mesh
     missing = [axis for axis in ("data", "tensor") if axis not in mesh.axis_names]
     if missing:
         raise ValueError(

@@ -152,6 +152,7 @@ class Metrics:
     """Counts at one moment, pages a kind; from `prefix_hit_tokens` on since the start.
 
     Attributes:
+      programs: compiled, as an engine does.
       drafted, accepted: tokens that speculation verified, and those of them that were right.
     """
 
@@ -162,5 +163,6 @@ class Metrics:
     pages_free: tuple[int, ...]
     prefix_hit_tokens: int
     preemptions: int
+    programs: int = 0
     drafted: int = 0
     accepted: int = 0

@@ -59,7 +59,9 @@ class Score:
     Attributes:
       logprobs: of each token after the first, given those before it.
       greedy: whether it is the likeliest there.
+      error: what went wrong, else None; there is nothing then in the other two.
     """
 
     logprobs: Float[np.ndarray, "n"]
     greedy: Bool[np.ndarray, "n"]
+    error: str | None

@@ -1,12 +1,13 @@
 """Floor 5: how good a model is, with the error of the figure, and how fast."""
 
-from jaxopt_llm.evaluate.quality import Comparison, Perplexity, compare, perplexity
+from jaxopt_llm.evaluate.quality import Comparison, Perplexity, Reading, compare, perplexity
 from jaxopt_llm.evaluate.timing import Speed, Spread, check_lengths, read_bandwidth, speed
 from jaxopt_llm.evaluate.windows import check_sizes, check_text
 
 __all__ = [
     "Comparison",
     "Perplexity",
+    "Reading",
     "Speed",
     "Spread",
     "check_lengths",

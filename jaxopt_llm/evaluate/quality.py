@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -61,23 +61,11 @@ class Comparison:
     reference: Perplexity
 
 
-def perplexity(
-    model: Transformer,
-    ids: Ids,
-    *,
-    window: int = 1024,
-    stride: int | None = None,
-    windows: int | None = None,
-    bos: int | None = None,
-    tokenizer: Tokenizer | None = None,
-    progress: Progress | None = None,
-) -> Perplexity:
-    """Perplexity of token ids, read in windows.
+class Reading(TypedDict, total=False):
+    """How a text is read, and what is told meanwhile.
 
-    Args:
-      model: any model, quantized, on a mesh or neither.
-      ids: of the whole text.
-      window: tokens that the model reads at once; the first of each window is not predicted.
+    Attributes:
+      window: tokens that a model reads at once, 1,024 unless told; the first of each window is not predicted.
       stride: from one window to the next, tokens; below `window` they overlap, and each token counts once, in
         the first window that predicts it. None: no overlap.
       windows: only the first so many.
@@ -85,28 +73,33 @@ def perplexity(
         without it. None: the text as it is.
       tokenizer: counts the bytes for `bits_per_byte`.
       progress: called with (windows done, of all).
+    """
+
+    window: int
+    stride: int | None
+    windows: int | None
+    bos: int | None
+    tokenizer: Tokenizer | None
+    progress: Progress | None
+
+
+def perplexity(model: Transformer, ids: Ids, **reading: Unpack[Reading]) -> Perplexity:
+    """Perplexity of token ids, read in windows.
+
+    Args:
+      model: any model, quantized, on a mesh or neither.
+      ids: of the whole text.
+      **reading: as `Reading` has it.
 
     Raises:
       ValueError: for fewer than two ids, one outside the vocabulary, or sizes that do not fit the context.
     """
-    plan = _plan([model], ids, window=window, stride=stride, windows=windows, bos=bos)
-    scores = _run([model], plan, progress)
-    return _perplexity(scores.nll[0], plan, tokenizer)
+    _, _, (found,) = _measure([model], ids, **reading)
+    return found
 
 
-def compare(
-    model: Transformer,
-    reference: Transformer,
-    ids: Ids,
-    *,
-    window: int = 1024,
-    stride: int | None = None,
-    windows: int | None = None,
-    bos: int | None = None,
-    tokenizer: Tokenizer | None = None,
-    progress: Progress | None = None,
-) -> Comparison:
-    """How far `model` lies from `reference` on a text; the other arguments are those of `perplexity`.
+def compare(model: Transformer, reference: Transformer, ids: Ids, **reading: Unpack[Reading]) -> Comparison:
+    """How far `model` lies from `reference` on a text, read as `Reading` has it.
 
     Raises:
       ValueError: as `perplexity`, and for models with different vocabularies.
@@ -117,23 +110,37 @@ def compare(
             f"the model has a vocabulary of {ours} tokens and the reference one of {theirs}; "
             "only models of one vocabulary can be compared token by token"
         )
-    plan = _plan([model, reference], ids, window=window, stride=stride, windows=windows, bos=bos)
-    scores = _run([model, reference], plan, progress)
+    scores, plan, (own, other) = _measure([model, reference], ids, **reading)
     kld, stderr = _mean(scores.kld, plan)
     return Comparison(
         kld_mean=kld,
         kld_stderr=stderr,
         same_top_p=_mean(scores.same_top, plan)[0],
         window_kld=_window_means(scores.kld, plan),
-        perplexity=_perplexity(scores.nll[0], plan, tokenizer),
-        reference=_perplexity(scores.nll[1], plan, tokenizer),
+        perplexity=own,
+        reference=other,
     )
 
 
-def _plan(models: Sequence[Transformer], ids: Ids, **sizes: Any) -> Windows:
+def _measure(
+    models: Sequence[Transformer],
+    ids: Ids,
+    *,
+    window: int = 1024,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+    **sizes: Any,
+) -> tuple[Any, Windows, list[Perplexity]]:
+    """`_Scores` of NumPy arrays `[W, T]`, the windows they are of, and each model's perplexity."""
+    plan = _plan(models, ids, window=window, **sizes)
+    scores = _run(models, plan, progress)
+    return scores, plan, [_perplexity(nll, plan, tokenizer) for nll in scores.nll]
+
+
+def _plan(models: Sequence[Transformer], ids: Ids, *, window: int, **sizes: Any) -> Windows:
     context, vocab = (min(getattr(m.config, name) for m in models) for name in ("max_seq_len", "vocab_size"))
-    check_sizes(window=sizes["window"], context=context)
-    plan = cut(ids, **sizes)
+    check_sizes(window=window, context=context)
+    plan = cut(ids, window=window, **sizes)
     outside = plan.tokens[(plan.tokens < 0) | (plan.tokens >= vocab)]
     if outside.size:
         raise ValueError(f"token id {outside[0]} lies outside the vocabulary of {vocab}")

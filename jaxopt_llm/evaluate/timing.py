@@ -40,6 +40,7 @@ class Speed:
       tpot_ms: mean time of a later token of one sequence.
       output_tokens_per_s: all tokens generated over the whole time.
       mbu: share of the machine's read bandwidth, measured beside it, that reading weights and cache once a step takes.
+      programs: compiled in all.
     """
 
     prefill_tokens_per_s: Spread
@@ -48,6 +49,7 @@ class Speed:
     tpot_ms: Spread
     output_tokens_per_s: Spread
     mbu: Spread
+    programs: int
 
 
 def speed(
@@ -96,7 +98,8 @@ def speed(
         runs.append(_run(engine, prompt_tokens, output_tokens, concurrency))
     report(1 + repeats, 1 + repeats)
     step_bytes = _bytes_of_step(model, engine, context - output_tokens // 2, concurrency)
-    return _summary(runs, prompt_tokens, step_bytes / read_bandwidth())
+    programs = engine.metrics().programs
+    return _summary(runs, prompt_tokens, step_bytes / read_bandwidth(), programs)
 
 
 def read_bandwidth() -> float:
@@ -142,8 +145,8 @@ def _bytes_of_step(model: Transformer, engine: Engine, context: int, concurrency
     return num_bytes(model) - table + concurrency * context * engine.kv_bytes_per_token
 
 
-def _summary(runs: Sequence[Sequence[Result]], prompt_tokens: int, step_s: float) -> Speed:
-    """Args: the results of each run; length of a prompt; seconds that a step takes at the machine's bandwidth."""
+def _summary(runs: Sequence[Sequence[Result]], prompt_tokens: int, step_s: float, programs: int) -> Speed:
+    """Args: the results of each run; length of a prompt; seconds of a step at the machine's bandwidth; programs."""
     over = lambda figure: Spread.of([figure(run) for run in runs])
     first = lambda run: max(result.token_ms[0] for result in run) / 1e3
     last = lambda run: max(result.token_ms[-1] for result in run) / 1e3
@@ -154,6 +157,7 @@ def _summary(runs: Sequence[Sequence[Result]], prompt_tokens: int, step_s: float
         tpot_ms=over(lambda run: statistics.mean(result.tpot_ms for result in run)),
         output_tokens_per_s=over(lambda run: sum(len(result.token_ids) for result in run) / last(run)),
         mbu=over(lambda run: step_s * _decode_rate(run) / len(run)),
+        programs=programs,
     )
 
 

@@ -4,7 +4,7 @@ from jaxopt_llm.models.batch import Batch, Cache, init_cache
 from jaxopt_llm.models.captured import Captured, capture
 from jaxopt_llm.models.config import Experts, ModelConfig, Rope
 from jaxopt_llm.models.layers import flat_params, weights
-from jaxopt_llm.models.packed import as_run, packed
+from jaxopt_llm.models.packed import as_run, mesh_of, packed
 from jaxopt_llm.models.params import (
     ParamSpec,
     abstract,
@@ -37,6 +37,7 @@ __all__ = [
     "flat_params",
     "from_params",
     "init_cache",
+    "mesh_of",
     "mismatches",
     "num_bytes",
     "num_params",

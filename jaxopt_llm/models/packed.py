@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from jaxopt_llm import kernels
 from jaxopt_llm.kernels import Packed
@@ -12,8 +13,21 @@ from jaxopt_llm.models.transformer import Layer, MoE, Transformer
 
 def as_run(model: Transformer) -> Transformer:
     """The model as the engine runs it: packed on one device; on a mesh as it is, to be partitioned by XLA."""
-    devices = {device for leaf in jax.tree.leaves(weights(model)) for device in leaf.devices()}
-    return packed(model) if len(devices) == 1 else model
+    return packed(model) if mesh_of(model) is None else model
+
+
+def mesh_of(model: Transformer) -> Mesh | None:
+    """The mesh that a model lies on; None for one device.
+
+    Raises:
+      ValueError: if it lies on several devices that are no mesh.
+    """
+    placed = [leaf.sharding for leaf in jax.tree.leaves(weights(model))]
+    if all(len(where.device_set) == 1 for where in placed):
+        return None
+    if not all(isinstance(where, NamedSharding) for where in placed):
+        raise ValueError("the model is spread over devices without a mesh; load it with mesh=")
+    return placed[0].mesh
 
 
 def packed(model: Transformer) -> Transformer:

@@ -148,9 +148,14 @@ class TokenizerFiles:
             return
         around = {}
         for role in ("bos_token", "eos_token"):
+            wanted = self._config.get(f"add_{role}")
+            if wanted is not None and type(wanted) is not bool:
+                raise ValueError(
+                    f"{self._path}: add_{role} in tokenizer_config.json is {wanted!r}; true or false was expected"
+                )
             token = self._named().get(role, "")
             index = backend.token_to_id(token)
-            around[role] = (token, index) if self._config.get(f"add_{role}") and index is not None else None
+            around[role] = (token, index) if wanted and index is not None else None
         backend.post_processor = template(around["bos_token"], around["eos_token"])
 
     def _config_ids(self, key: str) -> list[int]:

@@ -106,6 +106,7 @@ def test_a_warning_is_one_line(run_cli, tmp_path):
         (["--format=onnx"], "flag --format=onnx: value should be one of <orbax|hf|gguf>"),
         (["--format=gguf", "--gguf_type=Q4_0"], "--gguf_type=Q4_0: value should be one of"),
         ([], "convert needs --format"),
+        (["--format=gguf"], "out must end in .gguf, or no command finds a model in it; try"),
     ],
 )
 def test_mistakes_write_nothing(run_cli, qwen, tmp_path, options, message):

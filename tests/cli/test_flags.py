@@ -76,3 +76,9 @@ def test_commands_read_every_flag_they_accept(name):
     nodes = ast.walk(ast.parse(MODULES[name].read_text()))
     read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     assert held <= read
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "evaluate", "optimize", "convert", "bench_engine"])
+def test_whatever_loads_a_model_takes_an_adapter(name):
+    flags = main._flags(importlib.import_module(f"jaxopt_llm.cli.{name}"))
+    assert {"model", "dtype", "adapter"} <= set(flags)

@@ -4,11 +4,13 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 
 import jaxopt_llm as jo
 from jaxopt_llm.cli import flags
 from jaxopt_llm.engine import Engine, SamplingParams, encode
+from tests import adapters
 
 PROMPT = "Once upon a time"
 
@@ -38,6 +40,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(generate, expected):
     done = generate()
     assert done.stdout == expected.text + "\n"
     assert "5 tokens in, 24 out (length); first after" in done.stderr
+    assert "compiling" in done.stderr
 
 
 def test_json(generate, expected):
@@ -89,6 +92,15 @@ def test_every_sampling_setting_has_a_flag():
 @pytest.mark.parametrize("options", [["--dtype=native"], ["--quantize=int8", "--mesh=tensor=4"]])
 def test_the_same_tokens_however_it_is_loaded(generate, expected, options):
     assert answer(generate("--json", *options))["token_ids"][:16] == expected.token_ids[:16]
+
+
+def test_an_adapter_is_merged_before_the_weights_are_rounded(generate, expected, storyteller, tmp_path):
+    tensors = adapters.lora(np.random.default_rng(0), "model.layers.0.mlp.down_proj", 64, 172, 4)
+    adapters.write(tmp_path, tensors, r=4, lora_alpha=40, target_modules=["layers.0.mlp.down_proj"])
+    model, tokenizer = jo.load(storyteller, quantize="int8", adapter=tmp_path)
+    (own,) = jo.generate(model, tokenizer, PROMPT, max_tokens=24)
+    report = answer(generate("--json", "--quantize=int8", f"--adapter={tmp_path}"))
+    assert report["token_ids"] == own.token_ids != expected.token_ids
 
 
 def test_times_leave_out_compilation(storyteller):

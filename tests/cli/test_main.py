@@ -10,8 +10,9 @@ import types
 import pytest
 from absl import flags
 
+from jaxopt_llm import cache
 from jaxopt_llm.cli import flags as shared
-from jaxopt_llm.cli import machine, main
+from jaxopt_llm.cli import main
 
 WRITTEN = [name for name, (module, _) in main.COMMANDS.items() if importlib.util.find_spec(module)]
 
@@ -183,6 +184,6 @@ def test_compiled_programs_are_kept_where_the_user_says(run_cli, tmp_path, monke
 
 
 def test_each_kind_of_processor_has_its_own_programs(monkeypatch, tmp_path):
-    here = machine.compilation_cache(tmp_path)
-    monkeypatch.setattr(machine, "cpu", lambda: ("another", ("avx2",)))
-    assert machine.compilation_cache(tmp_path) != here
+    here = cache.program_folder(tmp_path)
+    monkeypatch.setattr(cache, "cpu", lambda: ("another", ("avx2",)))
+    assert cache.program_folder(tmp_path) != here

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import jaxopt_llm as jo
-from jaxopt_llm.engine import Engine, SamplingParams
+from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
 from jaxopt_llm.models import weights
+from tests.engine import oracle
 
 LILY = "Once upon a time, there was a little girl named Lily."
 
@@ -155,3 +156,20 @@ def test_a_consumed_model_is_freed_and_goes_on_in_the_engine(stories, data_dir, 
     assert greedy(consuming, [LILY])[0].token_ids == expected[0].token_ids
     freed = [leaf.is_deleted() for leaf in jax.tree.leaves(weights(own)) if leaf.ndim == 2]
     assert any(freed) == (quantize is not None)  # floats stay where they are
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_weights_from_orbax_take_each_program_once(stories, tmp_path, quantize):
+    """Orbax commits what it restores to a device, as a step then does with the state that it gives back."""
+    model, _ = stories
+    jo.save(jo.quantize(model, quantize) if quantize else model, None, tmp_path / "saved")
+    restored, _ = jo.load(tmp_path / "saved")
+    engine = Engine(restored, None, EngineConfig(max_slots=2, max_seq_len=64, max_tokens_per_step=32))
+    ask = lambda: engine.generate([[1, 403, 407]], SamplingParams(max_tokens=20, logprobs=0))
+    with oracle.compilations() as first:
+        ask()
+    with oracle.compilations() as again:
+        ask()
+    assert first.count("step") == 2, "a prompt, and one row that decodes"
+    assert first.count("jit(step)") == 2 * first.count("step"), "lowered and compiled once each"
+    assert again == []

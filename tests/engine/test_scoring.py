@@ -108,11 +108,16 @@ def test_nan_fails_the_request_that_has_it(poisoned):
     for prompt, result in zip([*clean, *clean, later, [*clean[0][:25], 9]], [*fine, *more], strict=True):
         assert result.error is None
         assert oracle.check_greedy(model, prompt, result.token_ids) > 0
-    with pytest.raises(ValueError, match="prompt 1: the model gave scores that are no numbers"):
-        engine.score([clean[0], dirty])
-    with pytest.raises(ValueError, match="prompt 0: the model gave"):
-        engine.embed([dirty])
-    assert np.isfinite(engine.score(clean)[2].logprobs).all()
+    first, failed, last = engine.score([clean[0], dirty, clean[2]])
+    assert failed.error == again.error
+    assert failed.logprobs.shape == failed.greedy.shape == (0,)
+    for prompt, score in ((clean[0], first), (clean[2], last)):
+        assert score.error is None
+        assert score.logprobs.shape == (len(prompt) - 1,)
+        assert np.isfinite(score.logprobs).all()
+    vectors = engine.embed([dirty, clean[1]])
+    assert np.isnan(vectors[0]).all()
+    np.testing.assert_allclose(vectors[1], oracle.hidden(model, clean[1]).mean(0), atol=1e-4)
 
 
 def test_nan_on_the_way(poisoned):

@@ -4,11 +4,13 @@ import asyncio
 import dataclasses
 import threading
 
+import numpy as np
 import pytest
 
 import jaxopt_llm as jo
 from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
 from jaxopt_llm.models import weights, with_weights
+from tests import adapters
 from tests.engine import oracle
 
 SIZES = EngineConfig(max_slots=2, max_seq_len=128, max_tokens_per_step=32, decode_steps=4, page_size=16)
@@ -161,6 +163,28 @@ def test_other_weights(mesh):
     with pytest.raises(ValueError, match="other parts, shapes, dtypes or devices"):
         engine.update(oracle.wide("int8") if mesh else on("tensor=2", model))
     assert ask().token_ids == first.token_ids
+
+
+@pytest.mark.parametrize("mesh", [None, "tensor=2"])
+def test_an_adapter_goes_in(tmp_path, mesh):
+    """And out again, without a compilation: what is merged lies where the model's own weights lay."""
+    module, model = "model.layers.0.self_attn.q_proj", oracle.wide()
+    shape = weights(model)["layers.0.attention.q.weight"].shape
+    tensors = adapters.lora(np.random.default_rng(0), module, *shape, 4)
+    adapters.write(tmp_path, tensors, r=4, lora_alpha=400, target_modules=["layers.0.self_attn.q_proj"])
+    merged = jo.load_adapter(tmp_path).merge(on(mesh, model) if mesh else model)
+    engine = Engine(on(mesh, model) if mesh else model, None, SIZES)
+    (prompt,) = oracle.prompts(90, 40)
+    ask = lambda: engine.generate([prompt], SamplingParams(max_tokens=20, ignore_eos=True))[0].token_ids
+    first = ask()
+    with oracle.compilations() as seen:
+        engine.update(merged)
+        second = ask()
+        engine.update(on(mesh, model) if mesh else model)
+        assert ask() == first
+    assert seen == []
+    assert second != first
+    assert oracle.check_greedy(jo.load_adapter(tmp_path).merge(model), prompt, second) > 4
 
 
 def on(mesh, model):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxopt_llm as jo
 from jaxopt_llm import engine
-from jaxopt_llm.models import Transformer, num_bytes, num_params, place, specs, weights, with_weights
+from jaxopt_llm.models import Transformer, mesh_of, num_bytes, num_params, place, specs, weights, with_weights
 from jaxopt_llm.models.families import parse_config
 from jaxopt_llm.sharding import MeshSpec, Sharding
 from tests import families
@@ -132,3 +132,9 @@ def test_groups_must_not_straddle_shards(model):
     message = "layers.0.mlp.down.weight has 9 groups of 8, which mesh tensor=4 does not divide"
     with pytest.raises(ValueError, match=message):
         place(quantized, sharding)
+
+
+def test_where_a_model_lies(model):
+    mesh = MeshSpec.parse("tensor=2").build()
+    assert mesh_of(model) is None
+    assert mesh_of(place(model, Sharding(mesh, model.config.units))) == mesh

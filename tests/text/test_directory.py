@@ -59,6 +59,15 @@ def test_config_overrules_the_post_processor(directory, bos, eos):
     assert Tokenizer.from_directory(directory).encode("") == [1] * bos + [2] * eos
 
 
+@pytest.mark.parametrize("value", ["false", 1, []])
+def test_flags_that_are_none(directory, value):
+    write(directory, "tokenizer_config.json", {"bos_token": "<s>", "add_bos_token": value})
+    with pytest.raises(
+        ValueError, match=r"add_bos_token in tokenizer_config\.json is .*; true or false was expected"
+    ):
+        Tokenizer.from_directory(directory)
+
+
 def test_ends_come_from_every_file(directory):
     write(directory, "tokenizer_config.json", {"eos_token": "</s>"})
     write(directory, "generation_config.json", {"eos_token_id": [7, 8]})
