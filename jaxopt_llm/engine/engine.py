@@ -97,7 +97,6 @@ class Engine:
         consume: bool = False,
     ):
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
-        self._dtype = model.dtype
         for processor in processors:
             _check(processor, model.config.vocab_size)
         sizes = config.scheduler(model.config)
@@ -186,8 +185,8 @@ class Engine:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token adds while every layer still sees it."""
-        return self.model_config.kv_bytes_per_token(self.config.kv_dtype(self._dtype))
+        """Bytes that the pages take for one token while every layer still sees it: scales and padding too."""
+        return self._runner.kv_bytes_per_token
 
     def metrics(self) -> Metrics:
         """Requests and pages at this moment."""

@@ -15,9 +15,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jaxopt_llm.engine.layout import empty_counts, empty_state, on_each, packing
 from jaxopt_llm.engine.scheduler import SchedulerConfig
-from jaxopt_llm.engine.step import HELD, PACKED, Inputs, Out, Processor, Program, Skeleton, State, step
-from jaxopt_llm.models import Transformer, init_cache, packed, weights
+from jaxopt_llm.engine.step import Inputs, Out, Processor, Program, Skeleton, step
+from jaxopt_llm.models import Transformer, weights
 
 
 class Runner:
@@ -43,22 +44,35 @@ class Runner:
         *,
         consume: bool = False,
     ):
-        self._model_config, self._sizes, self._cache_dtype = model.config, sizes, cache_dtype
+        self._model_config, self._sizes = model.config, sizes
         self._processors = tuple(processors)
-        self._mesh = _mesh(model)
+        self._mesh = mesh_of(model)
         self._form, leaves = Skeleton.split(model)
         self._placed = [_Form.of(leaf) for leaf in leaves]
-        self._pack = self._packing()
+        platform = next(iter(leaves[0].devices())).platform
+        state = functools.partial(empty_state, model.config, sizes, cache_dtype, self._mesh, platform)
+        jax.eval_shape(on_each(self._mesh, state))  # what cannot be raises here, while the model is whole
+        self._pack = packing(self._form, [form.spec for form in self._placed], self._mesh, platform)
         self._skeleton, self._leaves = self._pack(leaves)
         if consume:
             _delete(leaves, self._leaves)
-        self._state = self._initial()
+        self._state = self._on_device(state)
         self._counts: tuple[Any, Any] = (None, None)  # seen and counts, which only full programs take
 
     @property
     def shards(self) -> int:
         """Data shards: how many inputs a step takes."""
         return self._mesh.shape["data"] if self._mesh else 1
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that the pages of all layers take for a token, over all tensor shards: scales and padding too."""
+        config, sizes = self._model_config, self._sizes
+        return sum(
+            leaf.nbytes // (self.shards * sizes.num_pages[config.kind(layer)] * sizes.page_size)
+            for layer, pages in enumerate(self._state.cache)
+            for leaf in jax.tree.leaves(pages)
+        )
 
     def run(self, batches: Sequence[Inputs], *, steps: int, full: bool) -> Out:
         """One dispatch.
@@ -104,51 +118,15 @@ class Runner:
             )
         _, self._leaves = self._pack(leaves)
 
-    def _packing(self) -> Callable[[tuple[Array, ...]], tuple[Skeleton, tuple[Array, ...]]]:
-        """What packs the leaves of this form of model; compiled once."""
-        if self._mesh is None:
-            return lambda leaves: Skeleton.split(packed(self._form.fill(leaves)))
-        found: list[Skeleton] = []
-
-        def body(*leaves: Array) -> tuple[Array, ...]:
-            skeleton, parts = Skeleton.split(packed(self._form.fill(leaves)))
-            found.append(skeleton)
-            return parts
-
-        specs = tuple(form.spec for form in self._placed)
-        pack = jax.jit(
-            jax.shard_map(body, mesh=self._mesh, in_specs=specs, out_specs=PACKED, check_vma=False)
-        )
-
-        def run(leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:
-            parts = pack(*leaves)
-            return found[0], parts
-
-        return run
-
-    def _initial(self) -> State:
-        config, sizes = self._model_config, self._sizes
-
-        def body(shards: int) -> State:
-            cache = init_cache(
-                config, sizes.num_pages, sizes.page_size, self._cache_dtype, kernel=True, shards=shards
-            )
-            return State(cache=cache, last_tokens=jnp.zeros(sizes.max_slots, jnp.int32))
-
-        return self._on_each(functools.partial(body, self._mesh.shape["tensor"] if self._mesh else 1))
-
     def _no_counts(self) -> tuple[Array, Array]:
-        shape = (self._sizes.max_slots, self._model_config.vocab_size)
-        return self._on_each(lambda: (jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)))
+        return self._on_device(functools.partial(empty_counts, self._model_config, self._sizes))
 
-    def _on_each(self, function: Any) -> Any:
-        """What a function makes, on every device."""
-        if self._mesh is None:
-            # Committed, as what a step gives may be: else its second call would compile once more.
-            return jax.device_put(function(), *self._leaves[0].devices())
-        return jax.jit(
-            jax.shard_map(function, mesh=self._mesh, in_specs=(), out_specs=HELD, check_vma=False)
-        )()
+    def _on_device(self, make: Callable[[], Any]) -> Any:
+        """What a function makes, on each device where its parameters are."""
+        if self._mesh is not None:
+            return jax.jit(on_each(self._mesh, make))()
+        # Committed, as what a step gives may be: else its second call would compile once more.
+        return jax.device_put(make(), *self._leaves[0].devices())
 
 
 def _delete(leaves: Sequence[Array], kept: Sequence[Array]) -> None:
@@ -170,13 +148,17 @@ class _Form(NamedTuple):
 
     @classmethod
     def of(cls, leaf: Array) -> Self:
-        where = leaf.sharding
-        spec = where.spec if isinstance(where, NamedSharding) else PartitionSpec()
-        axes = (*spec, *(None,) * (leaf.ndim - len(spec)))
-        return cls(leaf.shape, leaf.dtype, frozenset(where.device_set), PartitionSpec(*axes))
+        return cls(leaf.shape, leaf.dtype, frozenset(leaf.sharding.device_set), spec_of(leaf))
 
 
-def _mesh(model: Transformer) -> Mesh | None:
+def spec_of(leaf: Array) -> PartitionSpec:
+    """How an array is split, an entry for each dimension."""
+    where = leaf.sharding
+    spec = where.spec if isinstance(where, NamedSharding) else PartitionSpec()
+    return PartitionSpec(*spec, *(None,) * (leaf.ndim - len(spec)))
+
+
+def mesh_of(model: Transformer) -> Mesh | None:
     """The mesh that a model lies on; None for one device."""
     placed = [leaf.sharding for leaf in jax.tree.leaves(weights(model))]
     if all(len(where.device_set) == 1 for where in placed):

@@ -11,11 +11,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxopt_llm.kernels.linear import linear, round_activations
 from jaxopt_llm.kernels.qarray import QArray, Weight
+from jaxopt_llm.kernels.tpu import megablox
 
 _ROWS = 32  # rows of one expert that are multiplied together on the CPU
 
 
-def grouped_linear(x: Float[Array, "M I"], w: Weight, sizes: Int[Array, "E"]) -> Float[Array, "M O"]:
+def grouped_linear(
+    x: Float[Array, "M I"], w: Weight, sizes: Int[Array, "E"], *, kernel: bool = False
+) -> Float[Array, "M O"]:
     """`x[m] @ w[e].T` where rows are sorted by expert and `sizes[e]` of them belong to expert `e`.
 
     TPU and GPU take `jax.lax.ragged_dot`. XLA:CPU makes that one dense pass an expert (32 times the
@@ -26,8 +29,11 @@ def grouped_linear(x: Float[Array, "M I"], w: Weight, sizes: Int[Array, "E"]) ->
       x: rows, sorted by expert.
       w: weights `[E, O, I]`.
       sizes: rows of each expert; their sum is M.
+      kernel: take the platform's own kernel where there is one (TPU: megablox, for float weights). For
+        programs of one device and the body of a `shard_map`.
     """
-    return jax.lax.platform_dependent(x, w, sizes, cpu=_blocks, default=_ragged)
+    on_tpu = megablox if kernel and not isinstance(w, QArray) else _ragged
+    return jax.lax.platform_dependent(x, w, sizes, cpu=_blocks, tpu=on_tpu, default=_ragged)
 
 
 def _ragged(x: Array, w: Weight, sizes: Array) -> Array:

@@ -47,6 +47,7 @@ class Linear(nnx.Module):
         self.weight = parameter(rngs, shape, axes, dtype)
         self.bias = parameter(rngs, shape[:-1], axes[:-1], dtype, fill=0.0) if bias else None
         self.reduce = reduce
+        self.kernel = False  # of a packed model: experts' products may run in the platform's own kernel
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         y = self._sum(kernels.linear(x, self.weight.get_value()))
@@ -56,7 +57,7 @@ class Linear(nnx.Module):
         self, x: Float[Array, "M I"], expert: Int[Array, "M"], sizes: Int[Array, "E"]
     ) -> Float[Array, "M O"]:
         """The product of rows sorted by expert, `sizes` of each, with their own experts' weights."""
-        y = self._sum(kernels.grouped_linear(x, self.weight.get_value(), sizes))
+        y = self._sum(kernels.grouped_linear(x, self.weight.get_value(), sizes, kernel=self.kernel))
         return y if self.bias is None else y + self.bias.get_value()[expert].astype(y.dtype)
 
     def _sum(self, y: Array) -> Array:
