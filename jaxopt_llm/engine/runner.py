@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxopt_llm.engine.layout import empty_counts, empty_state, on_each, packing
 from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.engine.step import Inputs, Out, Processor, Program, Skeleton, step
-from jaxopt_llm.models import Transformer, weights
+from jaxopt_llm.models import Transformer
 
 
 class Runner:
@@ -46,8 +46,8 @@ class Runner:
     ):
         self._model_config, self._sizes = model.config, sizes
         self._processors = tuple(processors)
-        self._mesh = mesh_of(model)
         self._form, leaves = Skeleton.split(model)
+        self._mesh = mesh_of(leaves)
         self._placed = [_Form.of(leaf) for leaf in leaves]
         platform = next(iter(leaves[0].devices())).platform
         state = functools.partial(empty_state, model.config, sizes, cache_dtype, self._mesh, platform)
@@ -151,16 +151,16 @@ class _Form(NamedTuple):
         return cls(leaf.shape, leaf.dtype, frozenset(leaf.sharding.device_set), spec_of(leaf))
 
 
-def spec_of(leaf: Array) -> PartitionSpec:
+def spec_of(leaf: Array | jax.ShapeDtypeStruct) -> PartitionSpec:
     """How an array is split, an entry for each dimension."""
     where = leaf.sharding
     spec = where.spec if isinstance(where, NamedSharding) else PartitionSpec()
     return PartitionSpec(*spec, *(None,) * (leaf.ndim - len(spec)))
 
 
-def mesh_of(model: Transformer) -> Mesh | None:
-    """The mesh that a model lies on; None for one device."""
-    placed = [leaf.sharding for leaf in jax.tree.leaves(weights(model))]
+def mesh_of(leaves: Sequence[Any]) -> Mesh | None:
+    """The mesh that a model's parameters lie on; None for one device."""
+    placed = [leaf.sharding for leaf in leaves]
     if all(len(where.device_set) == 1 for where in placed):
         return None
     if not all(isinstance(where, NamedSharding) for where in placed):

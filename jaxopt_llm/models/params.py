@@ -92,8 +92,8 @@ def _refuse(problems: Sequence[str]) -> None:
         raise ValueError("parameters do not fit the config:\n  " + "\n  ".join(problems))
 
 
-def with_weights(model: Transformer, values: Mapping[str, Weight]) -> Transformer:
-    """A copy of `model` that has these values in place of its own; the rest is shared.
+def with_weights(model: Transformer, values: Mapping[str, Weight | jax.ShapeDtypeStruct]) -> Transformer:
+    """A copy of `model` that has these values, or shapes, in place of its own; the rest is shared.
 
     Raises:
       ValueError: listing all that is no parameter of the model, or has another shape.

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention as theirs
 
 from jaxopt_llm.kernels import AttentionSpec, CombinedPages, Pages, attention, init_pages
@@ -29,6 +30,7 @@ def by_reference(monkeypatch):
         )  # as memory may be
 
     monkeypatch.setattr(theirs, "ragged_paged_attention", run)
+    monkeypatch.setattr(pltpu, "with_memory_space_constraint", lambda x, where: x)
     return tables
 
 

@@ -38,6 +38,7 @@ def attend(
       kv_len, query_start, num_slots, table: as `Rows` has them.
       scale, window, softcap: as `AttentionSpec` has them.
     """
+    from jax.experimental.pallas import tpu as pltpu
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     # Where there is no slot the kernel would start a copy that it never waits for.
@@ -60,7 +61,9 @@ def attend(
     )
     outs = []
     for part, kv in zip(jnp.split(q, len(pages.kv), axis=1), pages.kv, strict=True):
-        out = run(_padded(part, kv, heads // len(pages.kv)), kv)
+        out = run(
+            _padded(part, kv, heads // len(pages.kv)), pltpu.with_memory_space_constraint(kv, pltpu.HBM)
+        )
         outs.append(out[:, : part.shape[1], : part.shape[2]])
     out = jnp.concatenate(outs, axis=1).astype(q.dtype)
     return jnp.where((slots < table.shape[0])[:, None, None], out, 0)
