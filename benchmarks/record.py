@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ def record(name: str, results: Any) -> None:
         "devices": [device.device_kind for device in jax.devices()],
         "python": sys.version.split()[0],
         "packages": {package: version for package in _PACKAGES if (version := _version(package))},
-        "command": " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]]),
+        # Of a path only the last part: where things lie on a machine is nobody's business.
+        "command": " ".join(
+            [f"python -m benchmarks.{name}", *(re.sub(r"/\S*/", "", a) for a in sys.argv[1:])]
+        ),
         "results": results,
     }
     path = _ROOT / "benchmarks" / "results" / f"{name}.json"

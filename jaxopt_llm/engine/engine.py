@@ -109,8 +109,6 @@ class Engine:
             raise ValueError("give a draft model or prompt_lookup=True, not both")
         keep_programs()
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
-        self._draft_config = draft.config if draft else None
-        self._dtype = model.dtype
         for processor in processors:
             _check(processor, model.config.vocab_size)
         sizes = config.scheduler(model.config)
@@ -199,10 +197,9 @@ class Engine:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token adds while every layer still sees it, the draft model's included."""
-        dtype = self.config.kv_dtype(self._dtype)
-        models = [self.model_config, *filter(None, [self._draft_config])]
-        return sum(model.kv_bytes_per_token(dtype) for model in models)
+        """Bytes that the pages take for one token while every layer still sees it: scales, padding and the draft
+        model's too."""
+        return self._runner.kv_bytes_per_token
 
     def metrics(self) -> Metrics:
         """Requests and pages at this moment, and programs so far."""

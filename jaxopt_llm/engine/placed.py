@@ -1,6 +1,6 @@
 """A model's weights as a step takes them: packed for the kernels, on one device or on a mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import jax
@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jaxopt_llm.engine.layout import packing
 from jaxopt_llm.engine.skeleton import Skeleton
-from jaxopt_llm.models import Transformer, mesh_of, packed
-
-PACKED = PartitionSpec("tensor")  # how packed weights lie on a mesh: the data shards have the same
+from jaxopt_llm.models import Transformer, mesh_of, weights
 
 
 class Placed:
@@ -22,7 +21,6 @@ class Placed:
       consume: delete the model's arrays once they are packed.
 
     Attributes:
-      mesh: None for one device.
       skeleton, leaves: of the packed model.
 
     Raises:
@@ -30,10 +28,11 @@ class Placed:
     """
 
     def __init__(self, model: Transformer, *, consume: bool):
-        self.mesh = _mesh(model)
+        self._mesh = engine_mesh(model)
         self._form, leaves = Skeleton.split(model)
         self._forms = [_Form.of(leaf) for leaf in leaves]
-        self._pack = self._packing()
+        specs = [form.spec for form in self._forms]
+        self._packing = packing(self._form, specs, self._mesh, platform_of(model))
         self.skeleton, self.leaves = self._pack(leaves)
         if consume:
             _delete(leaves, self.leaves)
@@ -51,30 +50,12 @@ class Placed:
             )
         _, self.leaves = self._pack(leaves)
 
-    def _packing(self) -> Callable[[tuple[Array, ...]], tuple[Skeleton, tuple[Array, ...]]]:
-        """What packs the leaves of this form of model; compiled once."""
-        if self.mesh is None:
-            return self._pack_here
-        found: list[Skeleton] = []
-
-        def body(*leaves: Array) -> tuple[Array, ...]:
-            skeleton, parts = Skeleton.split(packed(self._form.fill(leaves)))
-            found.append(skeleton)
-            return parts
-
-        specs = tuple(form.spec for form in self._forms)
-        pack = jax.jit(jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=PACKED, check_vma=False))
-
-        def run(leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:
-            parts = pack(*leaves)
-            return found[0], parts
-
-        return run
-
-    def _pack_here(self, leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:
-        skeleton, parts = Skeleton.split(packed(self._form.fill(leaves)))
-        # Committed, whoever made them: weights that are and weights that are not would each have their programs.
-        return skeleton, jax.device_put(parts, *leaves[0].devices())
+    def _pack(self, leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:
+        skeleton, parts = self._packing(leaves)
+        if self._mesh is None:
+            # Committed, whoever made them: weights that are and weights that are not would each have their programs.
+            parts = jax.device_put(parts, *leaves[0].devices())
+        return skeleton, parts
 
 
 def _delete(leaves: Sequence[Array], kept: Sequence[Array]) -> None:
@@ -96,13 +77,22 @@ class _Form(NamedTuple):
 
     @classmethod
     def of(cls, leaf: Array) -> Self:
-        where = leaf.sharding
-        spec = where.spec if isinstance(where, NamedSharding) else PartitionSpec()
-        axes = (*spec, *(None,) * (leaf.ndim - len(spec)))
-        return cls(leaf.shape, leaf.dtype, frozenset(where.device_set), PartitionSpec(*axes))
+        return cls(leaf.shape, leaf.dtype, frozenset(leaf.sharding.device_set), spec_of(leaf))
 
 
-def _mesh(model: Transformer) -> Mesh | None:
+def spec_of(leaf: Array | jax.ShapeDtypeStruct) -> PartitionSpec:
+    """How an array is split, an entry for each dimension."""
+    where = leaf.sharding
+    spec = where.spec if isinstance(where, NamedSharding) else PartitionSpec()
+    return PartitionSpec(*spec, *(None,) * (leaf.ndim - len(spec)))
+
+
+def platform_of(model: Transformer) -> str:
+    """Of the devices that a model lies on."""
+    return next(iter(jax.tree.leaves(weights(model))[0].sharding.device_set)).platform
+
+
+def engine_mesh(model: Transformer) -> Mesh | None:
     """The mesh that a model lies on, if the engine can use it; None for one device."""
     mesh = mesh_of(model)
     if mesh is None:

@@ -9,12 +9,16 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from jaxopt_llm.engine.sampling import RowSampling
 from jaxopt_llm.engine.skeleton import Skeleton
 from jaxopt_llm.engine.speculative import Memory, Speculation, Tally
 from jaxopt_llm.models import Cache
+
+HELD = P(("data", "tensor"))  # how the state lies on a mesh: each device's part is its own
+PACKED = P("tensor")  # and the parameters: the data shards have the same
 
 Leaves = tuple[tuple[Array, ...], tuple[Array, ...]]
 Processor = Callable[[Float[Array, "B V"], Int[Array, "B"], Int[Array, "B"]], Float[Array, "B V"]]

@@ -5,20 +5,21 @@ the tensor axis itself. Data shards each have slots and pages of their own, and 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from jaxopt_llm.engine.config import EngineConfig
-from jaxopt_llm.engine.placed import Placed
-from jaxopt_llm.engine.program import Inputs, Out, Processor, Program, State
-from jaxopt_llm.engine.speculative import Memory, Speculation
-from jaxopt_llm.engine.step import HELD, step
-from jaxopt_llm.models import Cache, ModelConfig, Transformer, init_cache
+from jaxopt_llm.engine.layout import empty_counts, empty_state, on_each
+from jaxopt_llm.engine.placed import Placed, engine_mesh, platform_of
+from jaxopt_llm.engine.program import Inputs, Out, Processor, Program
+from jaxopt_llm.engine.speculative import Speculation
+from jaxopt_llm.engine.step import step
+from jaxopt_llm.models import ModelConfig, Transformer
 
 
 class Runner:
@@ -44,19 +45,27 @@ class Runner:
         draft: Transformer | None = None,
         consume: bool = False,
     ):
-        self._sizes, self._cache_dtype = config.scheduler(model.config), config.kv_dtype(model.dtype)
-        self._model_config, self._draft_config = model.config, draft.config if draft else None
-        self._weights = Placed(model, consume=consume)
-        self._mesh = self._weights.mesh
-        self._draft_leaves: tuple[Array, ...] = ()
+        self._model_config, self._sizes = model.config, config.scheduler(model.config)
+        self._draft_config = draft.config if draft else None
+        self._mesh = engine_mesh(model)
         speculation = _speculation(model.config) if draft or config.prompt_lookup else None
         if draft is not None and speculation is not None:
             _check_draft(draft.config, model.config, speculation)
-            placed = Placed(draft, consume=consume)
-            if placed.mesh != self._mesh:
+            if engine_mesh(draft) != self._mesh:
                 raise ValueError(
                     "the draft model lies on other devices than the model; load it with the same mesh"
                 )
+        dtype = config.kv_dtype(model.dtype)
+        state = functools.partial(
+            empty_state,
+            model.config, self._sizes, dtype, self._mesh, platform_of(model),
+            speculation=speculation, draft=self._draft_config,
+        )  # fmt: skip
+        jax.eval_shape(on_each(self._mesh, state))  # what cannot be raises here, while the models are whole
+        self._weights = Placed(model, consume=consume)
+        self._draft_leaves: tuple[Array, ...] = ()
+        if draft is not None and speculation is not None:
+            placed = Placed(draft, consume=consume)
             self._draft_leaves = placed.leaves
             speculation = dataclasses.replace(speculation, draft=placed.skeleton)
         self._program = Program(
@@ -67,13 +76,29 @@ class Runner:
             speculation=speculation,
             mesh=self._mesh,
         )
-        self._state = self._initial()
+        self._state = self._on_device(state)
         self._counts: tuple[Any, Any] = (None, None)  # seen and counts, which only full programs take
 
     @property
     def shards(self) -> int:
         """Data shards: how many inputs a step takes."""
         return self._mesh.shape["data"] if self._mesh else 1
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that the pages of all layers take for a token, over all tensor shards: scales and padding too."""
+        kinds = [self._model_config.kind(layer) for layer in range(self._model_config.num_layers)]
+        caches = [(self._state.cache, kinds)]
+        spec, memory = self._program.speculation, self._state.memory
+        if spec and memory and memory.cache:
+            caches.append((memory.cache, [spec.kind] * len(memory.cache)))
+        tokens = lambda kind: self.shards * self._sizes.num_pages[kind] * self._sizes.page_size
+        return sum(
+            leaf.nbytes // tokens(kind)
+            for cache, kinds in caches
+            for pages, kind in zip(cache, kinds, strict=True)
+            for leaf in jax.tree.leaves(pages)
+        )
 
     def run(self, batches: Sequence[Inputs], *, steps: int, full: bool, drafts: int = 0) -> Out:
         """One dispatch.
@@ -109,44 +134,15 @@ class Runner:
         """As `Placed.update`."""
         self._weights.update(model)
 
-    def _initial(self) -> State:
-        config, sizes = self._model_config, self._sizes
-        shards = self._mesh.shape["tensor"] if self._mesh else 1
-
-        def pages(config: ModelConfig, counts: Sequence[int]) -> Cache:
-            return init_cache(config, counts, sizes.page_size, self._cache_dtype, kernel=True, shards=shards)
-
-        def body() -> State:
-            return State(
-                cache=pages(config, sizes.num_pages),
-                last_tokens=jnp.zeros(sizes.max_slots, jnp.int32),
-                memory=self._memory(pages),
-            )
-
-        return self._on_each(body)
-
-    def _memory(self, pages: Callable[[ModelConfig, Sequence[int]], Cache]) -> Memory | None:
-        spec, draft, sizes = self._program.speculation, self._draft_config, self._sizes
-        if spec is None:
-            return None
-        count = sizes.num_pages[spec.kind]
-        if draft is None:
-            ids = jnp.zeros((count, sizes.page_size), jnp.int32)
-            return Memory(ids=ids)
-        return Memory(cache=pages(draft, [count] * len(draft.window_kinds)))
-
     def _no_counts(self) -> tuple[Array, Array]:
-        shape = (self._sizes.max_slots, self._model_config.vocab_size)
-        return self._on_each(lambda: (jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)))
+        return self._on_device(functools.partial(empty_counts, self._model_config, self._sizes))
 
-    def _on_each(self, function: Any) -> Any:
-        """What a function makes, on every device."""
-        if self._mesh is None:
-            # Committed, as what a step gives may be: else its second call would compile once more.
-            return jax.device_put(function(), *self._weights.leaves[0].devices())
-        return jax.jit(
-            jax.shard_map(function, mesh=self._mesh, in_specs=(), out_specs=HELD, check_vma=False)
-        )()
+    def _on_device(self, make: Callable[[], Any]) -> Any:
+        """What a function makes, on each device where its parameters are."""
+        if self._mesh is not None:
+            return jax.jit(on_each(self._mesh, make))()
+        # Committed, as what a step gives may be: else its second call would compile once more.
+        return jax.device_put(make(), *self._weights.leaves[0].devices())
 
 
 def _speculation(model: ModelConfig) -> Speculation:

@@ -14,11 +14,9 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jaxopt_llm.engine.decode import decode
 from jaxopt_llm.engine.passes import choose, forward, keep_last, of_rows
-from jaxopt_llm.engine.placed import PACKED
-from jaxopt_llm.engine.program import Inputs, Leaves, Out, Program, State
+from jaxopt_llm.engine.program import HELD, PACKED, Inputs, Leaves, Out, Program, State
 from jaxopt_llm.models import Transformer
 
-HELD = P(("data", "tensor"))  # how the state lies on a mesh: each device's part is its own
 _ROWS_OF_LOGITS = 64  # scored at once, so that no [T, V] ever exists
 
 

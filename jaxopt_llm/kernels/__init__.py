@@ -5,13 +5,15 @@ from jaxopt_llm.kernels.linear import embed, linear, round_activations
 from jaxopt_llm.kernels.moe import grouped_linear, moe
 from jaxopt_llm.kernels.norm import per_feature, rms_norm
 from jaxopt_llm.kernels.packed import Packed, pack
-from jaxopt_llm.kernels.pages import Pages, init_pages
+from jaxopt_llm.kernels.pages import CombinedPages, LayerCache, Pages, init_pages
 from jaxopt_llm.kernels.qarray import FORMATS, Format, QArray, Weight, quantization_format, round_symmetric
 
 __all__ = [
     "FORMATS",
     "AttentionSpec",
+    "CombinedPages",
     "Format",
+    "LayerCache",
     "Packed",
     "Pages",
     "QArray",

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxopt_llm.kernels import pages
+from jaxopt_llm.kernels import pages, tpu
 from jaxopt_llm.kernels.cpu.attend import attend
-from jaxopt_llm.kernels.pages import Pages
+from jaxopt_llm.kernels.pages import CombinedPages, LayerCache, Pages
 
 _BLOCK = 256  # queries that attend at once over a dense batch
 _GATHERED = 2**22  # elements of keys gathered from pages at once
@@ -31,6 +31,18 @@ class Rows(Protocol):
     @property
     def slots(self) -> Int[Array, "T"]:
         """The slot of each token; out of range for padding."""
+
+    @property
+    def kv_len(self) -> Int[Array, "R"]:
+        """Tokens of each slot once this batch is in."""
+
+    @property
+    def query_start(self) -> Int[Array, "R1"]:
+        """Where each slot's tokens start; slots follow one another."""
+
+    @property
+    def num_slots(self) -> Int[Array, ""]:
+        """Slots in use, the first ones."""
 
     @property
     def page_table(self) -> Int[Array, "G R P"] | None: ...
@@ -62,15 +74,15 @@ def attention(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     rows: Rows,
-    cache: Pages | None,
+    cache: LayerCache | None,
     spec: AttentionSpec,
     sinks: Float[Array, "N"] | None = None,
-) -> tuple[Float[Array, "T N H"], Pages | None]:
+) -> tuple[Float[Array, "T N H"], LayerCache | None]:
     """Causal grouped-query attention (arXiv:2305.13245); writes the new keys and values first.
 
     A uniform batch attends to itself alone, blockwise, with gradients. A ragged one reads everything
-    its slots hold in the pages. Over pages that `init_pages(kernel=True)` made for a kernel, both run in
-    that kernel, without gradients.
+    its slots hold in the pages. Over pages that `init_pages(kernel=True)` made for a kernel, that kernel
+    runs, without gradients; the TPU's only for ragged batches.
 
     Args:
       q, k, v: projections, with positions already rotated in.
@@ -82,7 +94,7 @@ def attention(
     Raises:
       ValueError: for a ragged batch without pages.
     """
-    if cache is not None and cache.kernel:
+    if isinstance(cache, Pages) and cache.kernel:
         return attend(
             q, k, v, cache,
             positions=rows.positions, slots=rows.slots, table=_table(rows, spec.kind),
@@ -90,11 +102,23 @@ def attention(
         )  # fmt: skip
     if cache is not None:
         cache = _write(cache, k, v, rows, spec.kind)
-        k, v = pages.kept(k, cache.k.dtype), pages.kept(v, cache.v.dtype)
+        dtype = jax.tree.leaves(cache)[0].dtype
+        k, v = pages.kept(k, dtype), pages.kept(v, dtype)
     if rows.shape is not None:
         return _dense(q, k, v, rows.shape, spec, sinks), cache
     if cache is None:
         raise ValueError("a ragged batch needs a cache: pass one, or a uniform batch (Batch.dense)")
+    if isinstance(cache, CombinedPages):
+        if sinks is not None:
+            raise ValueError(
+                "these pages are for a kernel without sinks; make them by init_pages(sinks=True)"
+            )
+        out = tpu.attend(
+            q, cache, heads=k.shape[1],
+            slots=rows.slots, kv_len=rows.kv_len, query_start=rows.query_start, num_slots=rows.num_slots,
+            table=_table(rows, spec.kind), scale=spec.scale, window=spec.window, softcap=spec.softcap,
+        )  # fmt: skip
+        return out, cache
     return _paged(q, cache, rows, spec, sinks), cache
 
 
@@ -104,8 +128,8 @@ def _table(rows: Rows, kind: int) -> Int[Array, "R P"]:
     return rows.page_table[kind]
 
 
-def _write(cache: Pages, k: Array, v: Array, rows: Rows, kind: int) -> Pages:
-    count, page_size = cache.k.shape[:2]
+def _write(cache: LayerCache, k: Array, v: Array, rows: Rows, kind: int) -> LayerCache:
+    count, page_size = jax.tree.leaves(cache)[0].shape[:2]
     page = _table(rows, kind).at[rows.slots, rows.positions // page_size].get(mode="fill", fill_value=count)
     return pages.write(cache, k, v, page, rows.positions % page_size)
 

@@ -14,6 +14,7 @@ from jaxopt_llm.kernels.cpu.product import product
 from jaxopt_llm.kernels.linear import linear, round_activations, unfused
 from jaxopt_llm.kernels.packed import Packed
 from jaxopt_llm.kernels.qarray import QArray, Weight
+from jaxopt_llm.kernels.tpu import megablox
 
 _ROWS = 32  # rows of one expert that are multiplied together on the CPU
 
@@ -21,25 +22,28 @@ _ROWS = 32  # rows of one expert that are multiplied together on the CPU
 def grouped_linear(x: Float[Array, "M I"], w: Weight | Packed, sizes: Int[Array, "E"]) -> Float[Array, "M O"]:
     """`x[m] @ w[e].T` where rows are sorted by expert and `sizes[e]` of them belong to expert `e`.
 
-    A packed weight runs in the kernel. Others: TPU and GPU take `jax.lax.ragged_dot`. XLA:CPU makes that one
-    dense pass an expert (32 times the work at 32 experts), so there the rows are cut into blocks of one expert
-    each, and only blocks in use are multiplied.
+    A packed weight runs in the platform's kernel (TPU: megablox, for floats). Others: TPU and GPU take
+    `jax.lax.ragged_dot`. XLA:CPU makes that one dense pass an expert (32 times the work at 32 experts), so there
+    the rows are cut into blocks of one expert each, and only blocks in use are multiplied.
 
     Args:
       x: rows, sorted by expert.
       w: weights `[E, O, I]`, or what `pack` made of some.
       sizes: rows of each expert; their sum is M.
     """
-    if isinstance(w, Packed):
-        return _packed(x, w, sizes)
-    return jax.lax.platform_dependent(x, w, sizes, cpu=_blocks, default=_ragged)
+    return _packed(x, w, sizes) if isinstance(w, Packed) else _grouped(x, w, sizes)
+
+
+def _grouped(x: Array, w: Weight, sizes: Array, *, kernel: bool = False) -> Array:
+    on_tpu = megablox if kernel and not isinstance(w, QArray) else _ragged
+    return jax.lax.platform_dependent(x, w, sizes, cpu=_blocks, tpu=on_tpu, default=_ragged)
 
 
 def _packed(x: Array, w: Packed, sizes: Array) -> Array:
     if isinstance(w.weight, Panels):
         return product(x, w.weight, bias=w.bias, gain=w.gain, eps=w.eps, gate=w.gate, sizes=sizes)
     expert = jnp.repeat(jnp.arange(w.shape[0]), sizes, total_repeat_length=x.shape[0])
-    return unfused(x, w, w.weight, lambda x, part: grouped_linear(x, part, sizes), expert)
+    return unfused(x, w, w.weight, lambda x, part: _grouped(x, part, sizes, kernel=True), expert)
 
 
 def _ragged(x: Array, w: Weight, sizes: Array) -> Array:

@@ -1,5 +1,7 @@
 """Root-mean-square normalisation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
@@ -16,8 +18,14 @@ def rms_norm(
     row in another order beside other rows, the kernel does not. No gradients; for programs of one device and
     the body of a `shard_map`.
     """
-    if kernel and normalise.fits(x):
-        return normalise.normalise(x, gain, eps=eps)
+    plain = functools.partial(_rms_norm, eps=eps)
+    if not kernel or not normalise.fits(x):
+        return plain(x, gain)
+    fast = functools.partial(normalise.normalise, eps=eps)
+    return jax.lax.platform_dependent(x, gain, cpu=fast, default=plain)
+
+
+def _rms_norm(x: Float[Array, "*B D"], gain: Float[Array, "D"], *, eps: float) -> Float[Array, "*B D"]:
     wide = x.astype(jnp.float32)
     normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (normal * per_feature(gain.astype(jnp.float32), x)).astype(x.dtype)

@@ -1,6 +1,8 @@
 """Keys and values in pages: how they lie, and the `jax.numpy` definition of writing and reading them."""
 
 import dataclasses
+import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jaxopt_llm.kernels.qarray import round_symmetric
 
 GROUP = 16  # keys that the CPU kernel reads at once
 _MAX_WIDTH = 512  # of a head, in the CPU kernel
+_LANES = 128  # of a TPU: the width of a head is a multiple
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +39,24 @@ class Pages:
     kernel: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CombinedPages:
+    """Keys and values of one layer for the TPU kernel, made by `init_pages`.
+
+    Combined, which a scatter writes in place as long as nothing but the kernel reads them.
+
+    Attributes:
+      kv: `[pages, page_size, 2k, h]`, keys of a head and after them its values; k and h are K and H, or as much more as
+        the kernel needs. Of heads wider than 128, which the kernel takes one at a time, an array each.
+    """
+
+    kv: tuple[Float[Array, "pages page_size heads h"], ...]
+
+
+LayerCache = Pages | CombinedPages
+
+
 def init_pages(
     count: int,
     page_size: int,
@@ -44,8 +65,9 @@ def init_pages(
     dtype: jnp.dtype,
     *,
     kernel: bool = False,
+    sinks: bool = False,
     platform: str | None = None,
-) -> Pages:
+) -> LayerCache:
     """Empty pages.
 
     Args:
@@ -54,14 +76,27 @@ def init_pages(
       heads, width: K and H.
       dtype: what keys and values are kept in; int8 is rounded to, with a scale a token and head.
       kernel: lay them out for the platform's own kernel where there is one (CPU: float32, bfloat16 or
-        int8, page_size and width multiples of 16). `attention` runs that kernel on these pages and no
-        others. For programs of one device and the body of a `shard_map`: under automatic partitioning
-        a kernel would gather its arguments.
+        int8, page_size and width multiples of 16; TPU: float32 or bfloat16, heads and width padded to
+        what it takes). `attention` runs that kernel on these pages and no others. For programs of one
+        device and the body of a `shard_map`: under automatic partitioning a kernel would gather its
+        arguments.
+      sinks: the layer has some, which the TPU's kernel does not know.
       platform: where they will be used; that of the default devices if None.
+
+    Raises:
+      ValueError: for int8 in the TPU's kernel.
+
+    Warns:
+      UserWarning: where the TPU's kernel costs padding, or cannot serve.
     """
     dtype = jnp.dtype(dtype)
+    platform = platform or jax.default_backend()
+    if kernel and platform == "tpu" and _tpu_serves(dtype, sinks):
+        parts = heads if width > _LANES else 1
+        shape = _tpu_shape(heads // parts, width, dtype)
+        return CombinedPages(tuple(jnp.zeros((count, page_size, *shape), dtype) for _ in range(parts)))
     scales = dtype == jnp.int8
-    kernel = kernel and _fits(page_size, width, dtype, platform or jax.default_backend())
+    kernel = kernel and _fits(page_size, width, dtype, platform)
     v_shape: tuple[int, ...] = (
         (count, heads, page_size, width) if kernel else (count, page_size, heads, width)
     )
@@ -82,23 +117,57 @@ def _fits(page_size: int, width: int, dtype: jnp.dtype, platform: str) -> bool:
     )
 
 
+def _tpu_serves(dtype: jnp.dtype, sinks: bool) -> bool:
+    if dtype == jnp.int8:
+        raise ValueError(
+            "int8 keys and values need one scale a tensor on a TPU, which nothing gives yet; "
+            "take cache_dtype='bfloat16'"
+        )
+    if sinks:
+        warnings.warn("the TPU's attention kernel knows no sinks: attention runs in XLA", stacklevel=3)
+    return not sinks and dtype in (jnp.float32, jnp.bfloat16)
+
+
+def _tpu_shape(heads: int, width: int, dtype: jnp.dtype) -> tuple[int, int]:
+    """2k and h: rows of 32 bits in whole tiles of 8, or a tile's half, quarter or eighth; whole lanes."""
+    rows = lambda k: 2 * k * dtype.itemsize / 4
+    k = next(k for k in itertools.count(heads) if rows(k) in (1, 2, 4) or rows(k) % 8 == 0)
+    h = -(-width // _LANES) * _LANES
+    if (k, h) != (heads, width):
+        warnings.warn(
+            f"the TPU's attention kernel takes no {heads} key/value heads of width {width}: "
+            f"pages hold {k} of width {h}, {k * h / (heads * width):.3g} times the bytes",
+            stacklevel=3,
+        )
+    return 2 * k, h
+
+
 def kept(x: Float[Array, "T K H"], dtype: jnp.dtype) -> Float[Array, "T K H"]:
     """What pages of `dtype` give back for `x`, in the dtype of `x`."""
     return _decode(*_encode(x, dtype), x.dtype)
 
 
 def write(
-    pages: Pages,
+    pages: LayerCache,
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     page: Int[Array, "T"],
     place: Int[Array, "T"],
-) -> Pages:
-    """Each token at its place in its page; those whose page is out of range are dropped."""
-
-    (k, k_scale), (v, v_scale) = _encode(k, pages.k.dtype), _encode(v, pages.v.dtype)
+) -> LayerCache:
+    """Each token at its place in its page; those whose page is out of range are dropped. Not for the CPU kernel's."""
     put = lambda store, new: store.at[page, place].set(new, mode="drop")
+    if isinstance(pages, CombinedPages):
+        parts = zip(pages.kv, *(jnp.array_split(x, len(pages.kv), axis=1) for x in (k, v)), strict=True)
+        return CombinedPages(tuple(put(kv, _combined(k, v, kv)) for kv, k, v in parts))
+    (k, k_scale), (v, v_scale) = _encode(k, pages.k.dtype), _encode(v, pages.v.dtype)
     return jax.tree.map(put, pages, Pages(k, v, k_scale, v_scale))
+
+
+def _combined(k: Float[Array, "T K H"], v: Float[Array, "T K H"], kv: Array) -> Float[Array, "T k2 h"]:
+    tokens, heads, width = k.shape
+    pairs = jnp.stack([k, v], axis=2).reshape(tokens, 2 * heads, width)
+    more = (kv.shape[2] - 2 * heads, kv.shape[3] - width)
+    return jnp.pad(pairs, ((0, 0), (0, more[0]), (0, more[1]))).astype(kv.dtype)
 
 
 def read(

@@ -1,6 +1,7 @@
 """`Batch`: which token belongs to which slot at which position. `Cache`: the pages of every layer."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Self
 
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxopt_llm import kernels
-from jaxopt_llm.kernels import Pages
+from jaxopt_llm.kernels import LayerCache
 from jaxopt_llm.models.config import ModelConfig
 
-Cache = tuple[Pages, ...]
+Cache = tuple[LayerCache, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +89,7 @@ def init_cache(
     *,
     kernel: bool = False,
     shards: int = 1,
+    platform: str | None = None,
 ) -> Cache:
     """Empty pages for every layer.
 
@@ -96,9 +98,12 @@ def init_cache(
       num_pages: pages of each kind of attention, as `ModelConfig.window_kinds`.
       page_size: tokens a page.
       dtype: of keys and values.
-      kernel: as `kernels.init_pages` has it.
+      kernel, platform: as `kernels.init_pages` has them.
       shards: of the tensor axis; the pages are those of one.
     """
     counts = [num_pages[config.kind(layer)] for layer in range(config.num_layers)]
     width = (config.kv_heads_of_shard(shards), config.head_dim)
-    return tuple(kernels.init_pages(count, page_size, *width, dtype, kernel=kernel) for count in counts)
+    make = functools.partial(
+        kernels.init_pages, kernel=kernel, sinks=config.attention_sinks, platform=platform
+    )
+    return tuple(make(count, page_size, *width, dtype) for count in counts)

@@ -92,8 +92,8 @@ def _refuse(problems: Sequence[str]) -> None:
         raise ValueError("parameters do not fit the config:\n  " + "\n  ".join(problems))
 
 
-def with_weights(model: Transformer, values: Mapping[str, Weight]) -> Transformer:
-    """A copy of `model` that has these values in place of its own; the rest is shared.
+def with_weights(model: Transformer, values: Mapping[str, Weight | jax.ShapeDtypeStruct]) -> Transformer:
+    """A copy of `model` that has these values, or shapes, in place of its own; the rest is shared.
 
     Raises:
       ValueError: listing all that is no parameter of the model, or has another shape.
@@ -105,7 +105,8 @@ def with_weights(model: Transformer, values: Mapping[str, Weight]) -> Transforme
     for path, variable in nnx.to_flat_state(state):
         value = values.get(".".join(map(str, path)))
         if value is not None:
-            variable = variable.replace(value if isinstance(value, QArray) else jnp.asarray(value))
+            is_ready = isinstance(value, QArray | jax.ShapeDtypeStruct)
+            variable = variable.replace(value if is_ready else jnp.asarray(value))
         flat.append((path, variable))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
@@ -137,13 +138,19 @@ def shardings(spec: ParamSpec, weight: Any, sharding: Sharding, name: str) -> An
 
 
 def place(model: Transformer, sharding: Sharding) -> Transformer:
-    """A copy of the model with every parameter on the mesh."""
+    """A copy of the model with every parameter on the mesh; of an abstract one, shapes that say where they would be."""
     wanted, values = specs(model), {name: p.get_value() for name, p in flat_params(model).items()}
     placed = {
-        name: jax.device_put(value, shardings(wanted[name], value, sharding, name))
+        name: jax.tree.map(_put, value, shardings(wanted[name], value, sharding, name))
         for name, value in values.items()
     }
     return with_weights(model, placed)
+
+
+def _put(leaf: Any, where: NamedSharding) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.device_put(leaf, where)
 
 
 def num_params(model: Transformer) -> int:

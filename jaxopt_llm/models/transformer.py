@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxopt_llm import kernels, sharding
-from jaxopt_llm.kernels import AttentionSpec, Pages
+from jaxopt_llm.kernels import AttentionSpec, LayerCache
 from jaxopt_llm.models.batch import Batch, Cache
 from jaxopt_llm.models.config import ModelConfig
 from jaxopt_llm.models.layers import Embedding, Fused, Linear, Norm, parameter
@@ -59,8 +59,8 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "T D"], turn: Float[Array, "2 T 1 half"], batch: Batch, cache: Pages | None
-    ) -> tuple[Float[Array, "T D"], Pages | None]:
+        self, x: Float[Array, "T D"], turn: Float[Array, "2 T 1 half"], batch: Batch, cache: LayerCache | None
+    ) -> tuple[Float[Array, "T D"], LayerCache | None]:
         q, k, v = self._project(x)
         q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
         k, v = self._read_by(q, k), self._read_by(q, v)
@@ -168,8 +168,8 @@ class Layer(nnx.Module):
         self.mlp_post_norm = norm() if config.post_norm else None
 
     def __call__(
-        self, x: Float[Array, "T D"], turn: Float[Array, "2 T 1 half"], batch: Batch, cache: Pages | None
-    ) -> tuple[Float[Array, "T D"], Pages | None]:
+        self, x: Float[Array, "T D"], turn: Float[Array, "2 T 1 half"], batch: Batch, cache: LayerCache | None
+    ) -> tuple[Float[Array, "T D"], LayerCache | None]:
         with jax.named_scope("attention"):
             y, cache = self.attention(_apply(self.attention_norm, x), turn, batch, cache)
             x = x + _apply(self.attention_post_norm, y)

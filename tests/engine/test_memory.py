@@ -35,3 +35,10 @@ def test_temporaries_do_not_grow_with_the_pages(shape, page_size, dtype):
     assert many > 5 * few
     assert large.temp_size_in_bytes == small.temp_size_in_bytes
     assert large.alias_size_in_bytes - small.alias_size_in_bytes == many - few
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4 * 32), ("int8", 32 + 4)])
+def test_bytes_of_a_token(dtype, width):
+    """Two layers of two key/value heads; codes with their scale."""
+    sizes = EngineConfig(max_slots=2, max_seq_len=64, cache_dtype=dtype)
+    assert Engine(oracle.wide(), None, sizes).kv_bytes_per_token == 2 * 2 * 2 * width

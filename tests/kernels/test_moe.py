@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxopt_llm.kernels import FORMATS, grouped_linear, moe, pack
 from jaxopt_llm.kernels.moe import _blocks, _ragged
+from jaxopt_llm.kernels.tpu import megablox
 
 
 def sizes_of(kind, rows, experts):
@@ -51,6 +53,22 @@ def test_packed_experts_give_what_is_fused(kind, name, platform):
     packed = pack([gate, up], bias=bias, gate="silu", platform=platform)
     y = jax.jit(grouped_linear)(x, packed, sizes)
     np.testing.assert_allclose(y, jax.nn.silu(first + of_row[:, :22]) * (second + of_row[:, 22:]), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 40, 24), (200, 136, 264)])
+def test_the_tpu_kernel_where_it_is_interpreted(rows, outputs, inputs, dtype):
+    w = jax.random.normal(jax.random.key(0), (5, outputs, inputs), dtype)
+    x = jax.random.normal(jax.random.key(1), (rows, inputs), dtype)
+    sizes = sizes_of("uneven", rows, 5)
+    expert = np.repeat(np.arange(5), sizes)
+    expected = np.einsum("mi,moi->mo", np.asarray(x, np.float64), np.asarray(w, np.float64)[expert])
+    with pltpu.force_tpu_interpret_mode():
+        out = jax.jit(megablox)(x, w, jnp.asarray(sizes))
+    assert out.dtype == dtype
+    np.testing.assert_allclose(
+        out.astype(jnp.float32), expected, atol=1e-4, rtol=0 if dtype == jnp.float32 else 0.01
+    )
 
 
 def test_weighted_sum_and_gradient():
