@@ -5,12 +5,13 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxopt_llm.engine.layout import packing
 from jaxopt_llm.engine.skeleton import Skeleton
-from jaxopt_llm.models import Transformer, mesh_of, weights
+from jaxopt_llm.models import Transformer, mesh_of
 
 
 class Placed:
@@ -89,7 +90,7 @@ def spec_of(leaf: Array | jax.ShapeDtypeStruct) -> PartitionSpec:
 
 def platform_of(model: Transformer) -> str:
     """Of the devices that a model lies on."""
-    return next(iter(jax.tree.leaves(weights(model))[0].sharding.device_set)).platform
+    return next(iter(jax.tree.leaves(nnx.state(model))[0].sharding.device_set)).platform
 
 
 def engine_mesh(model: Transformer) -> Mesh | None:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxopt_llm import kernels
 from jaxopt_llm.kernels import Packed
-from jaxopt_llm.models.layers import Fused, Linear, Norm, weights
+from jaxopt_llm.models.layers import Fused, Linear, Norm
 from jaxopt_llm.models.transformer import Layer, MoE, Transformer
 
 _Pack = Callable[..., Packed]
@@ -27,7 +27,7 @@ def mesh_of(model: Transformer) -> Mesh | None:
     Raises:
       ValueError: if it lies on several devices that are no mesh.
     """
-    placed = [leaf.sharding for leaf in jax.tree.leaves(weights(model))]
+    placed = [leaf.sharding for leaf in jax.tree.leaves(nnx.state(model))]  # which may be shapes
     if all(len(where.device_set) == 1 for where in placed):
         return None
     if not all(isinstance(where, NamedSharding) for where in placed):
