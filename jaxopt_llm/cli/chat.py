@@ -10,8 +10,8 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from jaxopt_llm.cli.flags import LOADING, MODEL, SAMPLING
-from jaxopt_llm.cli.loading import load
+from jaxopt_llm.cli.flags import DRAFT_MODEL, LOADING, MODEL, PROMPT_LOOKUP, SAMPLING
+from jaxopt_llm.cli.loading import load, load_draft
 from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
 
@@ -24,7 +24,9 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
 def main(argv: Sequence[str]) -> None:
     params = SamplingParams(**SAMPLING.value)
     model, tokenizer = load(MODEL.value, **LOADING.value)
-    engine = Engine(model, tokenizer, EngineConfig(max_slots=1), consume=True)
+    draft = load_draft(DRAFT_MODEL.value, tokenizer, **LOADING.value)
+    config = EngineConfig(max_slots=1, prompt_lookup=PROMPT_LOOKUP.value)
+    engine = Engine(model, tokenizer, config, draft=draft, consume=True)
     conversation = Conversation(engine, params)
     with stages("programs") as report:
         engine.warm_up(full=params.needs_full, progress=functools.partial(report, "compiling"))

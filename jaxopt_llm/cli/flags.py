@@ -64,6 +64,18 @@ ADAPTER = flags.DEFINE_string(
     flag_values=SHARED,
 )
 LOADING = FlagGroup((DTYPE, QUANTIZE, MESH, ADAPTER))
+PROMPT_LOOKUP = flags.DEFINE_boolean(
+    "prompt_lookup",
+    False,
+    "Draft tokens from where the latest ones stood before: the same text, sooner where it repeats itself.",
+    flag_values=SHARED,
+)
+DRAFT_MODEL = flags.DEFINE_string(
+    "draft_model",
+    None,
+    "A smaller model with the same tokenizer, named as --model is, to draft tokens with: the same text, sooner.",
+    flag_values=SHARED,
+)
 CONFIG = flags.DEFINE_string(
     "config", None, "Config: a packaged name, or one's own file.py.", required=True, flag_values=SHARED
 )

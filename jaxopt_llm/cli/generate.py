@@ -3,15 +3,26 @@
 The text goes to stdout as it comes, token counts and times to stderr. Programs are compiled before the times start.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
 
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import CHAT, JSON, LOADING, LOGPROBS, MODEL, PROMPT, SAMPLING
-from jaxopt_llm.cli.loading import load
+from jaxopt_llm.cli.flags import (
+    CHAT,
+    DRAFT_MODEL,
+    JSON,
+    LOADING,
+    LOGPROBS,
+    MODEL,
+    PROMPT,
+    PROMPT_LOOKUP,
+    SAMPLING,
+)
+from jaxopt_llm.cli.loading import load, load_draft
 from jaxopt_llm.cli.measuring import stages
-from jaxopt_llm.engine import Engine, EngineConfig, Prompt, Result, SamplingParams, encode
+from jaxopt_llm.engine import Engine, EngineConfig, Metrics, Prompt, Result, SamplingParams, encode
 from jaxopt_llm.text import Tokenizer
 
 
@@ -23,7 +34,9 @@ def main(argv: Sequence[str]) -> None:
     prompt: Prompt = [{"role": "user", "content": PROMPT.value}] if CHAT.value else PROMPT.value
     length = len(encode(prompt, tokenizer, model.config))
     config = EngineConfig.fitting(model.config, requests=1, tokens=length + params.max_tokens)
-    engine = Engine(model, tokenizer, config, consume=True)
+    config = dataclasses.replace(config, prompt_lookup=PROMPT_LOOKUP.value)
+    draft = load_draft(DRAFT_MODEL.value, tokenizer, **LOADING.value)
+    engine = Engine(model, tokenizer, config, draft=draft, consume=True)
     with stages("programs") as report:
         progress = functools.partial(report, "compiling")
         engine.warm_up(prompt_tokens=length, rows=1, full=params.needs_full, progress=progress)
@@ -36,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     print()
     if result.logprobs and tokenizer:
         show.table(("token", "logprob"), _likelihoods(result, tokenizer))
-    print(_times(result), file=sys.stderr)
+    print(_times(result) + _drafts(engine.metrics()), file=sys.stderr)
 
 
 def stream(engine: Engine, prompt: Prompt, params: SamplingParams, *, quiet: bool = False) -> Result:
@@ -78,3 +91,7 @@ def _times(result: Result) -> str:
         f"{result.prompt_tokens} tokens in, {len(result.token_ids)} out ({result.finish_reason}); "
         f"first after {result.ttft_ms:.1f} ms{later}"
     )
+
+
+def _drafts(metrics: Metrics) -> str:
+    return f"; {metrics.accepted} of {metrics.drafted} drafts were right" if metrics.drafted else ""

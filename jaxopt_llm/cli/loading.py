@@ -11,6 +11,24 @@ from jaxopt_llm.sharding import MeshSpec
 from jaxopt_llm.text import Tokenizer
 
 
+def load_draft(
+    source: str | None, tokenizer: Tokenizer | None, *, adapter: str | None = None, **options: Any
+) -> Transformer | None:
+    """The model to draft with, loaded as the large one is, but for its adapter; None if there is no source.
+
+    Raises:
+      ValueError: if its tokenizer gives other ids.
+    """
+    if source is None:
+        return None
+    draft, own = load(source, **options)
+    if own and tokenizer and own.backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise ValueError(
+            f"--draft_model={source} has another tokenizer than the model; take one with the same"
+        )
+    return draft
+
+
 def load(source: str, *, mesh: str | None = None, **options: Any) -> tuple[Transformer, Tokenizer | None]:
     """`checkpoints.load`, its progress on stderr.
 

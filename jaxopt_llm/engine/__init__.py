@@ -2,6 +2,7 @@
 
 from jaxopt_llm.engine.config import EngineConfig
 from jaxopt_llm.engine.engine import Engine, Stream, generate
+from jaxopt_llm.engine.plan import Metrics
 from jaxopt_llm.engine.prompt import Prompt, encode
 from jaxopt_llm.engine.request import Chunk, Result, Score, TokenLogprob
 from jaxopt_llm.engine.sampling import SamplingParams
@@ -10,6 +11,7 @@ __all__ = [
     "Chunk",
     "Engine",
     "EngineConfig",
+    "Metrics",
     "Prompt",
     "Result",
     "SamplingParams",

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 import jaxopt_llm as jo
 from jaxopt_llm.cli import flags
@@ -117,3 +118,20 @@ def test_times_leave_out_compilation(storyteller):
     finally:
         jax.monitoring.clear_event_listeners()
     assert not [event for event in compiled if "compile" in event]
+
+
+@pytest.mark.parametrize("how", ["--prompt_lookup", "--draft_model"])
+def test_the_same_text_with_drafts(generate, storyteller, expected, how):
+    done = generate(how if how == "--prompt_lookup" else f"{how}={storyteller}")
+    assert done.stdout == expected.text + "\n"
+    if how == "--draft_model":
+        assert "drafts were right" in done.stderr
+
+
+def test_a_draft_model_of_another_tokenizer_is_refused(run_cli, storyteller, tmp_path):
+    model, _ = jo.load(storyteller)
+    other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    jo.save(model, jo.Tokenizer(other))
+    done = run_cli("generate", f"--model={storyteller}", "--prompt=a", f"--draft_model={tmp_path / 'draft'}")
+    assert done.code == 2
+    assert "has another tokenizer than the model; take one with the same" in done.stderr
