@@ -107,6 +107,9 @@ class Engine:
     ):
         if draft is not None and config.prompt_lookup:
             raise ValueError("give a draft model or prompt_lookup=True, not both")
+        speculates = config.prompt_lookup or draft is not None
+        if speculates and config.decode_steps == 1:
+            raise ValueError("decode_steps=1 leaves no room for drafts; take at least 2")
         keep_programs()
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
         for processor in processors:
@@ -115,7 +118,6 @@ class Engine:
         self._runner = Runner(model, config, processors, draft=draft, consume=consume)
         self._stop_ids = frozenset(model.config.eos_ids) | (tokenizer.eos_ids if tokenizer else set())
         widths = inputs.Widths(sizes.max_slots, model.config.vocab_size, max(1, len(self._stop_ids)))
-        speculates = config.prompt_lookup or draft is not None
         drafting = Drafting(config.draft_tokens, model=draft is not None) if speculates else None
         self._loop = Loop(self._runner, sizes, widths, drafting)
         self._numbers = itertools.count()

@@ -36,7 +36,9 @@ def unloadable(refused, tmp_path):
         lines = {
             refused("generate", f"--model={model}", "--prompt=x"),
             refused("convert", f"--model={model}", f"--out={out / 'm'}", "--format=orbax"),
-            refused("convert", f"--model={model}", f"--out={out / 'm.gguf'}", "--format=gguf", "--quantize=int8"),
+            refused(
+                "convert", f"--model={model}", f"--out={out / 'm.gguf'}", "--format=gguf", "--quantize=int8"
+            ),
         }
         assert len(lines) == 1, lines
         assert list(out.iterdir()) == []
