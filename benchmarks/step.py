@@ -6,7 +6,7 @@
 Weights of the shape are drawn on the device. For each form of them and each batch, every sequence has `--context`
 tokens in the cache and decodes `--steps` tokens in one dispatch, as the engine does when nothing waits. MBU is the
 bytes of weights and cache that a step has to read, MFU the operations that it has to do, over its time and what a copy
-and a matrix product reach in the same run. Prints a table and writes benchmarks/results/step.json (`--nosave`: prints
+(or a read) and a matrix product reach in the same run. Prints a table and writes benchmarks/results/step.json (`--nosave`: prints
 that too).
 """
 
@@ -26,6 +26,7 @@ from absl import app, flags
 from benchmarks.record import record
 from jaxopt_llm.engine import EngineConfig, inputs
 from jaxopt_llm.engine.runner import Runner
+from jaxopt_llm.evaluate.timing import read_bandwidth
 from jaxopt_llm.kernels import FORMATS
 from jaxopt_llm.models import (
     ModelConfig,
@@ -112,7 +113,7 @@ def seconds(run: Callable[[], Any], *, calls: int = 4, repeats: int = 5) -> floa
 
 
 def limits(dtype: jnp.dtype) -> tuple[float, float]:
-    """Bytes a second of a copy, read and written, and operations a second of a square product."""
+    """Bytes a second of a copy, read and written, or of reading alone; operations a second of a square product."""
     small = jax.default_backend() == "cpu"
     array = jnp.zeros(2 ** (26 if small else 28), jnp.float32)
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -125,7 +126,7 @@ def limits(dtype: jnp.dtype) -> tuple[float, float]:
     side = 1024 if small else 8192
     square = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a, b: a @ b)
-    bandwidth = 2 * array.nbytes / seconds(copy)
+    bandwidth = max(2 * array.nbytes / seconds(copy), read_bandwidth())
     return bandwidth, 2 * side**3 / seconds(lambda: product(square, square))
 
 
@@ -172,15 +173,16 @@ def measure(
     """
     config = model.config
     length = -(-(context + steps) // page_size) * page_size
-    sizes = EngineConfig(
+    engine = EngineConfig(
         max_slots=batch,
         max_seq_len=length,
         cache_tokens=batch * length,
         page_size=page_size,
         decode_steps=steps,
-    ).scheduler(config)
+    )
+    sizes = engine.scheduler(config)
     shape = inputs.Shape(batch, batch, steps, False)
-    runner = Runner(model, sizes, model.dtype)
+    runner = Runner(model, engine)
     work = decoding(config, sizes, shape, context)
     taken = seconds(lambda: runner.run([work], steps=steps, full=False)) / steps
     table = model.embed.weight.get_value()
