@@ -6,8 +6,8 @@
 Weights of the shape are drawn on the device. For each form of them and each batch, every sequence has `--context`
 tokens in the cache and decodes `--steps` tokens in one dispatch, as the engine does when nothing waits. MBU is the
 bytes of weights and cache that a step has to read, MFU the operations that it has to do, over its time and what a copy
-(or a read) and a matrix product reach in the same run. Prints a table and writes benchmarks/results/step.json (`--nosave`: prints
-that too).
+(or reading alone, if that is faster) and a matrix product reach in the same run. Prints a table and writes
+benchmarks/results/step.json (`--nosave`: prints that too).
 """
 
 import dataclasses
