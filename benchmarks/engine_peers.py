@@ -1,10 +1,11 @@
-"""The engine beside llama.cpp on SmolLM2-135M, one after the other in turns: prefill, decode alone and of eight.
+"""The engine beside llama.cpp and OpenVINO on SmolLM2-135M, in turns: prefill, decode alone and of eight.
 
-    python -m benchmarks.engine_llama_cpp --peer=PYTHON --models=DIR [--rounds=3]
+    python -m benchmarks.engine_peers --peer=PYTHON --models=DIR [--openvino=PYTHON2] [--rounds=3]
 
-PYTHON has llama-cpp-python; DIR holds its forms of the model, `q8_0.gguf` and `q4_0.gguf`. Each round runs every engine
-once, so that a busy moment meets all; figures are medians over the rounds, with the load before each. llama.cpp
-collapses when its threads are disturbed: run it on an idle machine. Writes benchmarks/results/engine_llama_cpp.json.
+PYTHON has llama-cpp-python, PYTHON2 openvino-genai; DIR holds their forms of the model: `q8_0.gguf`, `q4_0.gguf`,
+`openvino-int8/`, `openvino-int4/`. Each round runs every engine once, so that a busy moment meets all; figures are
+medians over the rounds, with the load before each. llama.cpp collapses when its threads are disturbed: run it on an
+idle machine. Writes benchmarks/results/engine_peers.json.
 """
 
 import json
@@ -22,6 +23,7 @@ from benchmarks.peer import PEER
 from benchmarks.record import data_folder, record
 
 _MODELS = flags.DEFINE_string("models", None, "Folder of q8_0.gguf and q4_0.gguf.", required=True)
+_OPENVINO = flags.DEFINE_string("openvino", None, "Python interpreter with openvino-genai.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of every engine.", lower_bound=1)
 
 OURS = {
@@ -29,7 +31,8 @@ OURS = {
     "int4": ("--quantize=int4",),
     "native Q4_1": ("--dtype=native",),
 }
-PEERS = ("q8_0", "q4_0")
+LLAMA_CPP = ("q8_0", "q4_0")
+OPENVINO = ("int8", "int4")
 BATCH = 8
 
 
@@ -51,12 +54,11 @@ def ours(options: Sequence[str]) -> dict[str, float]:
     }
 
 
-def theirs(form: str) -> dict[str, float]:
-    script = data_folder().parent / "peers" / "llama_cpp_speed.py"
-    found = last_json(
-        [PEER.value, str(script), str(Path(_MODELS.value) / f"{form}.gguf"), f"--batch={BATCH}"]
-    )
-    return {key: found[key] for key in ("prefill_512", "decode_at_512", f"decode_batch_{BATCH}")}
+def theirs(python: str, script: str, model: str, *options: str) -> dict[str, float]:
+    path = data_folder().parent / "peers" / script
+    found = last_json([python, str(path), str(Path(_MODELS.value) / model), *options])
+    keys = ("prefill_512", "decode_at_512", f"decode_batch_{BATCH}")
+    return {key: found[key] for key in keys if key in found}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,17 +69,21 @@ def main(argv: Sequence[str]) -> None:
         for name, options in OURS.items():
             loads.append(os.getloadavg()[0])
             runs.setdefault(name, []).append(ours(options))
-        for form in PEERS:
-            runs.setdefault(f"llama.cpp {form}", []).append(theirs(form))
+        for form in LLAMA_CPP:
+            found = theirs(PEER.value, "llama_cpp_speed.py", f"{form}.gguf", f"--batch={BATCH}")
+            runs.setdefault(f"llama.cpp {form}", []).append(found)
+        for form in OPENVINO if _OPENVINO.value else ():
+            found = theirs(_OPENVINO.value, "openvino_speed.py", f"openvino-{form}")
+            runs.setdefault(f"OpenVINO {form}", []).append(found)
     medians = {
         name: {key: statistics.median(run[key] for run in found) for key in found[0]}
         for name, found in runs.items()
     }
-    ratio = lambda mine, other, key: medians[mine][key] / medians[f"llama.cpp {other}"][key]
     ratios = {
-        f"{mine} / {other}, {key}": ratio(mine, other, key)
-        for mine, other in (("int8_block", "q8_0"), ("int4", "q4_0"), ("native Q4_1", "q4_0"))
-        for key in ("prefill_512", "decode_at_512", f"decode_batch_{BATCH}")
+        f"{mine} / {other}, {key}": medians[mine][key] / value
+        for mine in OURS
+        for other in medians.keys() - OURS.keys()
+        for key, value in medians[other].items()
     }
     record(Path(__file__).stem, {"medians": medians, "ratios": ratios, "runs": runs, "loads_before": loads})
 
