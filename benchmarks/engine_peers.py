@@ -72,9 +72,10 @@ def main(argv: Sequence[str]) -> None:
         for form in LLAMA_CPP:
             found = theirs(PEER.value, "llama_cpp_speed.py", f"{form}.gguf", f"--batch={BATCH}")
             runs.setdefault(f"llama.cpp {form}", []).append(found)
-        for form in OPENVINO if _OPENVINO.value else ():
-            found = theirs(_OPENVINO.value, "openvino_speed.py", f"openvino-{form}")
-            runs.setdefault(f"OpenVINO {form}", []).append(found)
+        if python := _OPENVINO.value:
+            for form in OPENVINO:
+                found = theirs(python, "openvino_speed.py", f"openvino-{form}")
+                runs.setdefault(f"OpenVINO {form}", []).append(found)
     medians = {
         name: {key: statistics.median(run[key] for run in found) for key in found[0]}
         for name, found in runs.items()
