@@ -2,7 +2,7 @@
 
     python -m benchmarks.speculation [--prompts=6] [--tokens=160] [--rounds=3] [--quantize=int8_block]
 
-Both engines run every prompt once a round, one after the other; a prompt's time is the median over the rounds, and a
+Both engines run every prompt once a round, one right after the other; a prompt's time is the median over the rounds, and a
 set's speed-up the ratio of its summed times a token. Tokens of the two must be equal. Reads the larger data (see
 benchmarks/record.py) and writes benchmarks/results/speculation.json. Takes about four minutes on two cores.
 """
@@ -17,7 +17,7 @@ from absl import app, flags
 
 import jaxopt_llm as jo
 from benchmarks.record import data_folder, record
-from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
+from jaxopt_llm.engine import Engine, EngineConfig, Result, SamplingParams
 
 _PROMPTS = flags.DEFINE_integer("prompts", 6, "Prompts of each set.", lower_bound=1)
 _TOKENS = flags.DEFINE_integer("tokens", 160, "Tokens that each prompt generates.", lower_bound=2)
@@ -47,13 +47,13 @@ def measure(plain: Engine, lookup: Engine, asked: Sequence[list[dict[str, str]]]
     times: dict[str, list[list[float]]] = {"plain": [], "lookup": []}
     equal = True
     for _ in range(_ROUNDS.value):
-        results = {
-            name: [engine.generate(prompt, params)[0] for prompt in asked]
-            for name, engine in (("plain", plain), ("lookup", lookup))
-        }
-        for name, found in results.items():
-            times[name].append([result.tpot_ms for result in found])
-        equal &= [r.token_ids for r in results["plain"]] == [r.token_ids for r in results["lookup"]]
+        found: dict[str, list[Result]] = {"plain": [], "lookup": []}
+        for prompt in asked:
+            for name, engine in (("plain", plain), ("lookup", lookup)):
+                found[name] += engine.generate(prompt, params)
+        for name, results in found.items():
+            times[name].append([result.tpot_ms or 0.0 for result in results])
+        equal &= [r.token_ids for r in found["plain"]] == [r.token_ids for r in found["lookup"]]
     typical = {
         name: [statistics.median(each) for each in zip(*runs, strict=True)] for name, runs in times.items()
     }
