@@ -2,7 +2,7 @@
 
     python -m benchmarks.speculation [--prompts=6] [--tokens=160] [--rounds=3] [--quantize=int8_block]
 
-Both engines run every prompt once a round, one right after the other; a prompt's time is the median over the rounds, and a
+Both engines run every prompt once a round, in turns; a prompt's time is the median over the rounds, and a
 set's speed-up the ratio of its summed times a token. Tokens of the two must be equal. Reads the larger data (see
 benchmarks/record.py) and writes benchmarks/results/speculation.json. Takes about four minutes on two cores.
 """
