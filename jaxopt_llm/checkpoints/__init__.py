@@ -7,12 +7,14 @@ from jaxopt_llm.checkpoints.hf_export import export as export_hf
 from jaxopt_llm.checkpoints.loader import (
     default_dtype,
     file_bytes,
+    float_dtype,
     load,
     mesh_sharding,
     read_config,
     read_tokenizer,
     stored_bytes,
 )
+from jaxopt_llm.checkpoints.orbax import is_checkpoint as is_own
 from jaxopt_llm.checkpoints.orbax import save
 from jaxopt_llm.checkpoints.resolve import ALIASES, resolve
 
@@ -24,6 +26,8 @@ __all__ = [
     "export_gguf",
     "export_hf",
     "file_bytes",
+    "float_dtype",
+    "is_own",
     "load",
     "load_adapter",
     "mesh_sharding",

@@ -1,6 +1,9 @@
 """Family, shapes and bytes of a model, from its config and the headers of its files: no weights are read.
 
 A directory that holds config.json alone will do; its bytes are then those of the parameters in memory.
+
+With --step the engine's decode step is compiled, from shapes alone, and told part by part: operations launched, bytes,
+FLOPs, the least time that a machine needs for it, and what each fusion saves.
 """
 
 import math
@@ -8,13 +11,51 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from absl import flags
+
 from jaxopt_llm import checkpoints
-from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import JSON, MODEL
+from jaxopt_llm.cli import inspect_step, show
+from jaxopt_llm.cli.flags import DTYPE, JSON, MODEL, QUANTIZE
 from jaxopt_llm.models import ModelConfig, ParamSpec, abstract, num_params, specs
+
+STEP = flags.DEFINE_boolean("step", False, "Compile the decode step and tell what it does.")
+CHIP = flags.DEFINE_string(
+    "chip",
+    inspect_step.HERE,
+    "With --step: the chip to compile for, such as v5e; here measures this machine.",
+)
+ROWS = flags.DEFINE_integer("rows", 1, "With --step: sequences that decode together.")
+CONTEXT = flags.DEFINE_integer("context", 1024, "With --step: tokens of each in the cache.")
+
+FUSIONS = flags.DEFINE_boolean(
+    "fusions", True, "With --step: compile it without each fusion too, which takes five times as long."
+)
 
 
 def main(argv: Sequence[str]) -> None:
+    if STEP.value:
+        _step()
+    else:
+        _model()
+
+
+def _step() -> None:
+    step = inspect_step.report(
+        MODEL.value,
+        dtype=DTYPE.value,
+        quantize=QUANTIZE.value,
+        chip=CHIP.value,
+        rows=ROWS.value,
+        context=CONTEXT.value,
+        fusions=FUSIONS.value,
+    )
+    if JSON.value:
+        show.json_line(step)
+    else:
+        inspect_step.tell(step)
+
+
+def _model() -> None:
     config, path = checkpoints.read_config(MODEL.value)
     dtype = checkpoints.default_dtype()
     model = abstract(config, dtype)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -13,22 +13,42 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-SI_PREFIXES = ((1e3, "k"), (1e6, "M"), (1e9, "G"))
+SI_PREFIXES = ((1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"))
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints rows under column names; where stdout is no terminal, as a Markdown table that nothing cuts."""
+def si(value: float, unit: str = "") -> str:
+    """A number in three digits with a prefix: 1.23 MB."""
+    scale, prefix = max((unit for unit in SI_PREFIXES if abs(value) >= unit[0]), default=(1, ""))
+    scaled = value / scale
+    digits = 0 if abs(scaled) >= 100 or scaled == int(scaled) else 1 if abs(scaled) >= 10 else 2
+    return f"{scaled:.{digits}f} {prefix}{unit}".rstrip()
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Container[int] = ()) -> None:
+    """Prints rows under column names; where stdout is no terminal, as a Markdown table that nothing cuts.
+
+    Args:
+      columns: their names.
+      rows: a cell a column.
+      right: columns that end together.
+    """
     cells = [[_cell(value) for value in row] for row in rows]
     console = Console(markup=False, highlight=False, emoji=False)
     if console.is_terminal:
-        grid = Table(*columns, box=box.SIMPLE_HEAD)
+        grid = Table(box=box.SIMPLE_HEAD)
+        for place, name in enumerate(columns):
+            grid.add_column(name, justify="right" if place in right else "left")
         for row in cells:
             grid.add_row(*row)
         console.print(grid)
     else:
         widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
         for line in [list(columns), ["-" * width for width in widths], *cells]:
-            print("|", " | ".join(map(str.ljust, line, widths)), "|")
+            padded = [
+                cell.rjust(width) if place in right else cell.ljust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ]
+            print("|", " | ".join(padded), "|")
 
 
 def fields(values: Mapping[str, object]) -> None:

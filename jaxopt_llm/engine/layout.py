@@ -13,7 +13,7 @@ from jaxopt_llm.engine.program import HELD, PACKED, State
 from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.engine.skeleton import Skeleton
 from jaxopt_llm.engine.speculative import Memory, Speculation
-from jaxopt_llm.models import ModelConfig, init_cache, packed
+from jaxopt_llm.models import FUSIONS, ModelConfig, init_cache, packed
 
 Packing = Callable[[tuple[Array, ...]], tuple[Skeleton, tuple[Array, ...]]]
 
@@ -25,7 +25,13 @@ def on_each(mesh: Mesh | None, body: Callable[..., Any], *, in_specs: Any = (), 
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def packing(form: Skeleton, specs: Sequence[PartitionSpec], mesh: Mesh | None, platform: str) -> Packing:
+def packing(
+    form: Skeleton,
+    specs: Sequence[PartitionSpec],
+    mesh: Mesh | None,
+    platform: str,
+    fuse: frozenset[str] = FUSIONS,
+) -> Packing:
     """What packs the leaves of this form of model for a platform's kernels; on a mesh compiled once.
 
     Args:
@@ -33,11 +39,12 @@ def packing(form: Skeleton, specs: Sequence[PartitionSpec], mesh: Mesh | None, p
       specs: of its leaves, on a mesh.
       mesh: that they lie on, or None for one device.
       platform: of the devices.
+      fuse: as `packed` has it.
     """
     found: list[Skeleton] = []
 
     def body(*leaves: Array) -> tuple[Array, ...]:
-        skeleton, parts = Skeleton.split(packed(form.fill(leaves), platform))
+        skeleton, parts = Skeleton.split(packed(form.fill(leaves), platform, fuse))
         found.append(skeleton)
         return parts
 

@@ -58,6 +58,12 @@ def _count(state: State, inputs: Inputs) -> State:
     return dataclasses.replace(state, seen=seen, counts=counts)
 
 
+def latest(state: State, inputs: Inputs) -> Inputs:
+    """The inputs with the latest token of its slot in place of each -1."""
+    last = of_rows(state.last_tokens, inputs)[inputs.rows]
+    return dataclasses.replace(inputs, tokens=jnp.where(inputs.tokens < 0, last, inputs.tokens))
+
+
 def choose(
     model: Transformer,
     hidden: Float[Array, "n D"],
@@ -69,7 +75,22 @@ def choose(
     processors: tuple[Processor, ...],
 ) -> Sampled:
     """The next token after each hidden state, as settings say; in a full program there is one a row."""
-    raw = logits = model.logits(hidden)
+    logits = model.logits(hidden)
+    return choose_among(logits, tokens, positions, sampling, state, inputs, processors)
+
+
+@jax.named_scope("sampling")
+def choose_among(
+    raw: Float[Array, "n V"],
+    tokens: Int32[Array, "n"],
+    positions: Int32[Array, "n"],
+    sampling: RowSampling,
+    state: State,
+    inputs: Inputs,
+    processors: tuple[Processor, ...],
+) -> Sampled:
+    """`choose`, of the model's own scores."""
+    logits = raw
     if inputs.extras is not None:
         logits = _shift(logits, state, inputs)
     for processor in processors:

@@ -3,7 +3,6 @@
 Letters: T tokens of a step, B rows (sequences) of a step, V vocabulary.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -13,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jaxopt_llm.engine.decode import decode
-from jaxopt_llm.engine.passes import choose, forward, keep_last, of_rows
+from jaxopt_llm.engine.passes import choose, forward, keep_last, latest
 from jaxopt_llm.engine.program import HELD, PACKED, Inputs, Leaves, Out, Program, State
 from jaxopt_llm.models import Transformer
 
@@ -49,15 +48,13 @@ def step(leaves: Leaves, state: State, inputs: Inputs, *, program: Program) -> t
 def _step(leaves: Leaves, state: State, inputs: Inputs, program: Program) -> tuple[Out, State]:
     model, spec = program.skeleton.fill(leaves[0]), program.speculation
     draft = spec.draft.fill(leaves[1]) if spec and spec.draft else None
-    latest = of_rows(state.last_tokens, inputs)[inputs.rows]
-    tokens = jnp.where(inputs.tokens < 0, latest, inputs.tokens)
-    inputs = dataclasses.replace(inputs, tokens=tokens)
+    inputs = latest(state, inputs)
     if program.steps > 1:
         return decode(model, draft, state, inputs, program)
     hidden, state = forward(model, draft, state, inputs, spec)
     last = jnp.maximum(inputs.query_start[1:] - 1, 0)
     sampled = choose(
-        model, hidden[last], tokens[last], inputs.positions[last],
+        model, hidden[last], inputs.tokens[last], inputs.positions[last],
         inputs.sampling, state, inputs, program.processors,
     )  # fmt: skip
     state = keep_last(state, inputs, sampled.tokens, inputs.limit > 0)

@@ -8,7 +8,7 @@ updates in place nothing.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -39,10 +39,13 @@ class Operation:
 
     Attributes:
       name, opcode: in the program; `fusion` where several operations became one.
-      scope: where it comes from, the names of `jax.named_scope` among it; may be empty.
+      scope: where it comes from, the names of `jax.named_scope` among it; of what the compiler added where its result
+        goes; may be empty.
       read, written: bytes of main memory.
-      flops: of the matrix products in it; of a kernel's own nothing is known.
-      outputs: its arrays.
+      flops: of the matrix products in it. Those of our CPU kernels and of the TPU's attention follow from the shapes of
+        their operands; of other kernels nothing is known.
+      outputs: its arrays; one that shares memory with an operand is not written.
+      kernel: what a custom call runs.
     """
 
     name: str
@@ -52,6 +55,12 @@ class Operation:
     written: int
     flops: int
     outputs: tuple[Shape, ...]
+    kernel: str | None = None
+
+    @property
+    def launched(self) -> bool:
+        """Whether it starts something, rather than to wait for it."""
+        return not self.opcode.endswith("-done")
 
 
 def operations(text: str) -> list[Operation]:
@@ -133,11 +142,35 @@ class _Reader(NamedTuple):
         used = {name for one in computation.values() for name in (root.name, *one.operands)}
         # What a run fetches last and does not use is for the next one, in place of what that would fetch first.
         unused = {one.operands[0] for one in others if one.opcode == "copy-done" and one.name not in used}
-        left_out = lambda one: one.opcode in _FREE or one.name in unused
-        return [self._operation(one, computation) for one in computation.values() if not left_out(one)]
+        empty = lambda one: one.outputs and not sum(shape.nbytes for shape in one.outputs)
+        left_out = lambda one: one.opcode in _FREE or one.name in unused or empty(one)
+        scopes = self._scopes(computation)
+        return [
+            self._operation(one, computation, scopes[one.name])
+            for one in computation.values()
+            if not left_out(one)
+        ]
 
-    def _operation(self, one: _Instruction, among: _Computation) -> Operation:
-        scope = re.search(r'op_name="([^"]*)"', one.rest)
+    def _scopes(self, computation: _Computation) -> dict[str, str]:
+        """Where each instruction comes from; those without a name of their own go by what uses them."""
+        scopes: dict[str, str] = {}
+        of_users: dict[str, str] = {}
+        for one in reversed(computation.values()):  # uses come first
+            scope = scopes[one.name] = self._own_scope(one) or of_users.get(one.name, "")
+            for operand in one.operands if scope else ():
+                of_users[operand] = scope
+        return scopes
+
+    def _own_scope(self, one: _Instruction) -> str:
+        inner = [each for name in one.called for each in self.computations.get(name, {}).values()]
+        for each in (one, *reversed(inner)):
+            scope = re.search(r'op_name="([^"]*)"', each.rest)
+            if scope and "/" in scope[1]:  # else it is the name of an argument
+                return scope[1]
+        return ""
+
+    def _operation(self, one: _Instruction, among: _Computation, scope: str) -> Operation:
+        kernel = re.search(r'custom_call_target="([^"]*)"', one.rest)
         if one.opcode in ("while", "conditional"):
             parts = [self.operations(self.computations[name]) for name in one.called]
             read, written, flops = (
@@ -149,7 +182,9 @@ class _Reader(NamedTuple):
             read = sum(self._read(one, place, among) for place, there in enumerate(main) if there)
             written = 0 if one.opcode.endswith("-start") else self._written(one, among)
             flops = self._flops(one, among)
-        return Operation(one.name, one.opcode, scope[1] if scope else "", read, written, flops, one.outputs)
+        return Operation(
+            one.name, one.opcode, scope, read, written, flops, one.outputs, kernel[1] if kernel else None
+        )
 
     def _inner(self, one: _Instruction) -> _Computation:
         return self.computations[one.called[0]]
@@ -183,14 +218,15 @@ class _Reader(NamedTuple):
             if name == value.name
         ]
         return sum(
-            self._used(one, among) if one.opcode in _VIEWS else self._read(one, place, among)
-            for one, place in uses
+            self._used(one, among) if _is_view(one) else self._read(one, place, among) for one, place in uses
         )
 
     def _written(self, one: _Instruction, among: _Computation) -> int:
         if one.opcode in _PUTS and one.outputs[0].main:
             return sum(shape.nbytes for shape in among[one.operands[_PUTS[one.opcode]]].outputs)
-        whole = sum(shape.nbytes for shape in one.outputs if shape.main)
+        aliased = re.search(r"output_to_operand_aliasing=\{((?:\{\d*\}: \(\d+, \{\}\)(?:, )?)+)\}", one.rest)
+        kept = {int(place or 0) for place in re.findall(r"\{(\d*)\}:", aliased[1])} if aliased else set()
+        whole = sum(shape.nbytes for i, shape in enumerate(one.outputs) if shape.main and i not in kept)
         if one.opcode in _WRAPS and whole:
             inner = self._inner(one)
             root = list(inner.values())[-1]
@@ -210,5 +246,30 @@ class _Reader(NamedTuple):
             labels = re.search(r"dim_labels=\w+_(\w+)->", one.rest)
             own = kernel[labels[1].index("o")] if labels else 1
             return 2 * math.prod(one.outputs[0].dims) * math.prod(kernel) // own
+        if one.opcode == "reduce" and '/dot_general"' in one.rest:  # what a product of one row may become
+            return 2 * math.prod(among[one.operands[0]].outputs[0].dims)
+        if one.opcode == "custom-call":
+            return _kernel_flops(one, [among[name].outputs[0].dims for name in one.operands])
         inner = [self.computations[name] for name in one.called if name in self.computations]
         return sum(self._flops(each, part) for part in inner for each in part.values())
+
+
+def _is_view(one: _Instruction) -> bool:
+    """Whether it gives its operand, perhaps by another name: so may a fusion inside another."""
+    return one.opcode in _VIEWS or "output_to_operand_aliasing={{}: (0, {})}" in one.rest
+
+
+def _kernel_flops(one: _Instruction, operands: Sequence[tuple[int, ...]]) -> int:
+    """Of a kernel's matrix products; 0 where nothing is known of it."""
+    if '"jaxopt_linear"' in one.rest:  # codes by panels and blocks, experts first: a row meets one expert
+        rows, codes = operands[0][0], operands[1]
+        bits = re.search(r"bits = (\d+)", one.rest)
+        return 2 * rows * math.prod(codes[-5:]) * 8 // int(bits[1]) if bits else 0
+    if '"jaxopt_attention"' in one.rest:
+        heads, keys, values = operands[0][1], operands[7], operands[8]
+        return 2 * heads // keys[1] * (math.prod(keys) + math.prod(values))
+    if "ragged_paged_attention" in one.rest:  # keys and values in one, by turns
+        (queries,) = (dims for dims in operands if len(dims) == 3)
+        pages = next(dims for dims in operands if len(dims) == 4)
+        return 4 * queries[1] // pages[2] * math.prod(pages)
+    return 0

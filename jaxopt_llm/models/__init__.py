@@ -4,7 +4,7 @@ from jaxopt_llm.models.batch import Batch, Cache, init_cache
 from jaxopt_llm.models.captured import Captured, capture
 from jaxopt_llm.models.config import Experts, ModelConfig, Rope
 from jaxopt_llm.models.layers import flat_params, weights
-from jaxopt_llm.models.packed import as_run, mesh_of, packed
+from jaxopt_llm.models.packed import FUSIONS, as_run, mesh_of, packed
 from jaxopt_llm.models.params import (
     ParamSpec,
     abstract,
@@ -22,6 +22,7 @@ from jaxopt_llm.models.params import (
 from jaxopt_llm.models.transformer import Transformer
 
 __all__ = [
+    "FUSIONS",
     "Batch",
     "Cache",
     "Captured",

@@ -15,6 +15,8 @@ from jaxopt_llm.models.transformer import Layer, MoE, Transformer
 
 _Pack = Callable[..., Packed]
 
+FUSIONS = frozenset({"qkv", "gate_up", "norm"})  # that `packed` knows
+
 
 def as_run(model: Transformer) -> Transformer:
     """The model as the engine runs it: packed on one device; on a mesh as it is, to be partitioned by XLA."""
@@ -35,7 +37,7 @@ def mesh_of(model: Transformer) -> Mesh | None:
     return placed[0].mesh
 
 
-def packed(model: Transformer, platform: str | None = None) -> Transformer:
+def packed(model: Transformer, platform: str | None = None, fuse: frozenset[str] = FUSIONS) -> Transformer:
     """A copy for running: q, k and v are one product with the norm before them, gate and up another.
 
     Its parameters are no longer the canonical ones: it can be neither saved, captured nor trained.
@@ -43,15 +45,21 @@ def packed(model: Transformer, platform: str | None = None) -> Transformer:
     Args:
       model: on one device, or its local part inside a `shard_map`.
       platform: where it will run; that of the default devices if None.
+      fuse: which become one: q, k and v (`qkv`), gate and up (`gate_up`), a product and the norm before it (`norm`).
+
+    Raises:
+      ValueError: for a fusion that is none of `FUSIONS`.
     """
+    if unknown := fuse - FUSIONS:
+        raise ValueError(f"fuse={sorted(unknown)} is unknown; known are {', '.join(sorted(FUSIONS))}")
     pack = functools.partial(kernels.pack, platform=platform)
     model = nnx.merge(*nnx.split(model))  # a copy whose parts can be exchanged
     for layer in model.layers:
-        _pack_attention(layer, pack)
+        _pack_attention(layer, pack, fuse)
         if hasattr(layer, "mlp"):
-            _pack_mlp(layer, pack)
+            _pack_mlp(layer, pack, fuse)
         else:
-            _pack_experts(layer.moe, pack)
+            _pack_experts(layer.moe, pack, fuse)
     for _, part in nnx.iter_modules(model):
         if isinstance(part, Norm):
             part.kernel = True
@@ -60,41 +68,59 @@ def packed(model: Transformer, platform: str | None = None) -> Transformer:
     return model
 
 
-def _pack_attention(layer: Layer, pack: _Pack) -> None:
+def _pack_attention(layer: Layer, pack: _Pack, fuse: frozenset[str]) -> None:
     attention = layer.attention
-    q, k = (part.weight.get_value().shape[0] for part in (attention.q, attention.k))
-    attention.borders = (q, q + k)
-    attention.qkv = nnx.data(
-        Fused(_fuse(attention.q, attention.k, attention.v, norm=layer.attention_norm, pack=pack))
-    )
-    attention.q = attention.k = attention.v = None  # type: ignore[assignment]
-    layer.attention_norm = None
-    attention.o.weight = nnx.Param(pack([attention.o.weight.get_value()]))
+    norm = layer.attention_norm if "norm" in fuse else None
+    if "qkv" in fuse:
+        q, k = (part.weight.get_value().shape[0] for part in (attention.q, attention.k))
+        attention.borders = (q, q + k)
+        attention.qkv = nnx.data(Fused(_fuse(attention.q, attention.k, attention.v, norm=norm, pack=pack)))
+        attention.q = attention.k = attention.v = None  # type: ignore[assignment]
+    else:
+        for part in (attention.q, attention.k, attention.v):
+            _pack_alone(part, pack, norm)
+    if "norm" in fuse:
+        layer.attention_norm = None
+    _pack_alone(attention.o, pack)
 
 
-def _pack_mlp(layer: Layer, pack: _Pack) -> None:
+def _pack_mlp(layer: Layer, pack: _Pack, fuse: frozenset[str]) -> None:
     mlp = layer.mlp
-    mlp.gate_up = nnx.data(
-        Fused(_fuse(mlp.gate, mlp.up, norm=layer.mlp_norm, gate=mlp.activation, pack=pack))
-    )
-    mlp.gate = mlp.up = None  # type: ignore[assignment]
-    layer.mlp_norm = None
-    mlp.down.weight = nnx.Param(pack([mlp.down.weight.get_value()]))
+    norm = layer.mlp_norm if "norm" in fuse else None
+    if "gate_up" in fuse:
+        mlp.gate_up = nnx.data(Fused(_fuse(mlp.gate, mlp.up, norm=norm, gate=mlp.activation, pack=pack)))
+        mlp.gate = mlp.up = None  # type: ignore[assignment]
+    else:
+        for part in (mlp.gate, mlp.up):
+            _pack_alone(part, pack, norm)
+    if "norm" in fuse:
+        layer.mlp_norm = None
+    _pack_alone(mlp.down, pack)
 
 
-def _pack_experts(moe: MoE, pack: _Pack) -> None:
+def _pack_experts(moe: MoE, pack: _Pack, fuse: frozenset[str]) -> None:
     """The norm stays: the router reads what it gives."""
-    gate = moe.activation if moe.limit is None else None
-    moe.gate_up = nnx.data(Fused(_fuse(moe.gate, moe.up, norm=None, gate=gate, pack=pack)))
-    moe.gate = moe.up = None  # type: ignore[assignment]
-    moe.down.weight = nnx.Param(pack([moe.down.weight.get_value()]))
+    if "gate_up" in fuse:
+        gate = moe.activation if moe.limit is None else None
+        moe.gate_up = nnx.data(Fused(_fuse(moe.gate, moe.up, norm=None, gate=gate, pack=pack)))
+        moe.gate = moe.up = None  # type: ignore[assignment]
+    else:
+        for part in (moe.gate, moe.up):
+            _pack_alone(part, pack)
+    _pack_alone(moe.down, pack)
+
+
+def _pack_alone(part: Linear, pack: _Pack, norm: Norm | None = None) -> None:
+    """One product, whose bias stays behind it."""
+    part.weight = nnx.Param(pack([part.weight.get_value()], norm=_gain(norm)))
 
 
 def _fuse(*parts: Linear, norm: Norm | None, gate: str | None = None, pack: _Pack) -> Packed:
     weights = [part.weight.get_value() for part in parts]
     biases = [part.bias.get_value() for part in parts if part.bias is not None]
     bias = jnp.concatenate(biases, axis=-1) if biases else None
-    if norm is None:
-        return pack(weights, bias=bias, gate=gate)
-    gain = norm.weight.get_value().astype(jnp.float32) + norm.offset
-    return pack(weights, bias=bias, norm=(gain, norm.eps), gate=gate)
+    return pack(weights, bias=bias, norm=_gain(norm), gate=gate)
+
+
+def _gain(norm: Norm | None) -> tuple[jax.Array, float] | None:
+    return None if norm is None else (norm.weight.get_value().astype(jnp.float32) + norm.offset, norm.eps)

@@ -216,23 +216,28 @@ class Transformer(nnx.Module):
     def forward(self, batch: Batch, cache: Cache) -> tuple[Float[Array, "T D"], Cache]: ...
     def forward(self, batch: Batch, cache: Cache | None) -> tuple[Float[Array, "T D"], Cache | None]:
         """Hidden states after the final norm, and the cache with this batch's keys and values in it."""
-        x = self.embed(batch.tokens, self.dtype)
-        if self.config.scale_embedding:
-            x = x * jnp.asarray(math.sqrt(self.config.d_model), self.dtype)
         ropes = [self.config.layer_rope(i) for i in range(self.config.num_layers)]
-        turns = {rope: rotation(rope, self.config.head_dim, batch.positions) for rope in dict.fromkeys(ropes)}
+        with jax.named_scope("embed"):
+            x = self.embed(batch.tokens, self.dtype)
+            if self.config.scale_embedding:
+                x = x * jnp.asarray(math.sqrt(self.config.d_model), self.dtype)
+            turn = lambda rope: rotation(rope, self.config.head_dim, batch.positions)
+            turns = {rope: turn(rope) for rope in dict.fromkeys(ropes)}
         pages = []
         for i, layer in enumerate(self.layers):
-            with jax.named_scope(f"layer{i}"):
+            with jax.named_scope(f"layers.{i}"):
                 x, written = layer(x, turns[ropes[i]], batch, None if cache is None else cache[i])
             pages.append(written)
-        return self.final_norm(x), None if cache is None else tuple(pages)
+        with jax.named_scope("head"):
+            hidden = self.final_norm(x)
+        return hidden, None if cache is None else tuple(pages)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores of the next token, float32."""
-        scores = self.embed.attend(hidden) if self.config.tied else self.head(hidden)
-        if scores.shape[-1] != self.config.vocab_size:
-            scores = sharding.join_last(scores, "tensor")
-        scores = scores.astype(jnp.float32)
-        cap = self.config.logit_softcap
-        return scores if cap is None else cap * jnp.tanh(scores / cap)
+        with jax.named_scope("head"):
+            scores = self.embed.attend(hidden) if self.config.tied else self.head(hidden)
+            if scores.shape[-1] != self.config.vocab_size:
+                scores = sharding.join_last(scores, "tensor")
+            scores = scores.astype(jnp.float32)
+            cap = self.config.logit_softcap
+            return scores if cap is None else cap * jnp.tanh(scores / cap)

@@ -107,3 +107,49 @@ def test_an_alias_shows_the_file_it_means(inspect, data_dir, tmp_path, monkeypat
     shorter = dataclasses.replace(packed, size=stories.stat().st_size)
     monkeypatch.setitem(checkpoints.ALIASES, "gemma3-270m", shorter)
     assert inspect("gemma3-270m")["path"] == str(file)
+
+
+def test_step(run_cli, storyteller):
+    done = run_cli("inspect", f"--model={storyteller}", "--step", "--context=128", "--rows=2", "--json")
+    assert done.code == 0, done.stderr
+    step = json.loads(done.stdout.splitlines()[-1])
+    assert (step["rows"], step["context"]) == (2, 128)
+    assert step["machine"]["measured"]
+    assert [one["name"] for one in step["fusions"]] == ["qkv", "norm", "gate_up", "sampling"]
+    assert step["launched"] == pytest.approx(sum(part["count"] * part["launched"] for part in step["parts"]))
+
+
+def test_step_as_tables(run_cli, storyteller):
+    done = run_cli("inspect", f"--model={storyteller}", "--step", "--context=128", "--nofusions")
+    assert done.code == 0, done.stderr
+    assert "A decode step of 1 x 128 tokens on cpu\n" in done.stdout
+    names = [line.split("|")[1].strip() for line in done.stdout.splitlines() if "|" in line]
+    assert names[2] == "embed"
+    assert names[-4:] == ["head", "sampling", "other", "total"]
+    assert "q, k and v in one product" not in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore:the TPU's attention kernel takes no 4 key/value heads of width 8")
+def test_step_on_a_chip_that_is_not_there(run_cli, storyteller):
+    done = run_cli(
+        "inspect", f"--model={storyteller}", "--step", "--context=128", "--nofusions", "--chip=v5e", "--json"
+    )
+    assert done.code == 0, done.stderr
+    machine = json.loads(done.stdout.splitlines()[-1])["machine"]
+    assert machine == {"name": "v5e", "bandwidth": 819e9, "flops": 197e12, "measured": False}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--chip=h100"], "a GPU's step compiles only where one is"),
+        (["--chip=v9"], "--chip=v9 is unknown; known are here, v4"),
+        (["--rows=0"], "rows=0 must be at least 1"),
+        (["--quantize=int7"], "int7"),
+        (["--chip=v5e", "--dtype=native"], "name --quantize instead, or --chip=here"),
+    ],
+)
+def test_steps_that_are_refused(run_cli, storyteller, flags, message):
+    done = run_cli("inspect", f"--model={storyteller}", "--step", *flags)
+    assert done.code == 2
+    assert message in done.stderr

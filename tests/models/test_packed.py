@@ -9,7 +9,7 @@ import pytest
 import jaxopt_llm as jo
 from jaxopt_llm.kernels.cpu import library
 from jaxopt_llm.kernels.cpu.panels import Panels
-from jaxopt_llm.models import packed
+from jaxopt_llm.models import FUSIONS, packed
 from jaxopt_llm.models.families import parse_config
 from tests import families
 from tests.engine import oracle
@@ -38,3 +38,19 @@ def test_logits(name, format):
         assert all(in_panels) == (format is not None and library.load() is not None)
     tie = 0.1 if format in ("int8_block", "int4") else 1e-4  # a rounded activation may fall on its other side
     assert families.relative_error(ours(TOKENS), model(TOKENS)) < tie
+
+
+@pytest.mark.parametrize(
+    "left_out", [{"qkv"}, {"gate_up"}, {"norm"}, FUSIONS], ids=["qkv", "gate_up", "norm", "all"]
+)
+@pytest.mark.parametrize("format", [None, "int8"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fewer_fusions_give_the_same(name, format, left_out):
+    model = wide(name) if format is None else jo.quantize(wide(name), format)
+    ours = packed(model, fuse=FUSIONS - left_out)
+    assert families.relative_error(ours(TOKENS), model(TOKENS)) < 1e-4
+
+
+def test_unknown_fusions():
+    with pytest.raises(ValueError, match="is unknown; known are gate_up, norm, qkv"):
+        packed(wide("mistral"), fuse=frozenset({"qvk"}))
