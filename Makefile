@@ -22,12 +22,15 @@ define NO_PEER
 endef
 export NO_PEER
 OTHER_PYTHONS := $(foreach version,3.12 3.13,$(if $(call new_enough,python$(version)),$(version)))
+# With this Python, and the compiler of this JAX, the engine's step is compiled for a GPU; no GPU is needed.
+CUDA := $(if $(filter 3.12,$(OTHER_PYTHONS)),test-cuda)
+CUDA_JAX := 0.12.0.*
 
 bin := .venv/bin
 pip := -m pip install --quiet --disable-pip-version-check
 pytest := -m pytest --numprocesses=$(WORKERS) --dist=loadfile
 
-.PHONY: demo test check parity verify clean
+.PHONY: demo test check parity verify test-cuda clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -46,11 +49,15 @@ check: .venv/.installed-dev
 parity: .venv-parity/.installed
 	.venv-parity/bin/python -m pytest -m parity tests/parity
 
-verify: .venv/.installed-dev .venv-parity/.installed $(OTHER_PYTHONS:%=test-%)
+verify: .venv/.installed-dev .venv-parity/.installed $(OTHER_PYTHONS:%=test-%) $(CUDA)
 	set -e; for name in $(BENCHMARKS); do $(if $(PEER),JAXOPT_PEER=$(PEER)) $(bin)/python -m benchmarks.$$name; done
 	.venv-parity/bin/python -m benchmarks.transformers_parity
 	set -e; for name in $(if $(PEER),$(PEER_BENCHMARKS)); do $(bin)/python -m benchmarks.$$name --peer=$(PEER); done
 	@$(if $(PEER),,echo "$$NO_PEER" >&2)
+	@$(if $(CUDA),,echo "*** SKIPPED, as there is no python3.12: test-cuda, which compiles for a GPU." >&2)
+
+test-cuda: .venv-cuda/.installed
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -m verify tests/verify/test_gpu_ahead.py
 
 test-%: .venv-%/.installed
 	.venv-$*/bin/python $(pytest) -m "not parity and not verify" tests
@@ -74,12 +81,20 @@ built_from := pyproject.toml setup.py $(wildcard jaxopt_llm/kernels/cpu/*.cc jax
 	.venv-parity/bin/python $(pip) --editable '.[dev,parity]'
 	@touch $@
 
+.venv-cuda/.installed: $(built_from) | .venv-cuda/bin/python
+	.venv-cuda/bin/python $(pip) --editable '.[dev]' 'jax==$(CUDA_JAX)'
+	.venv-cuda/bin/python $(pip) --no-deps 'jax-cuda12-plugin==$(CUDA_JAX)' 'jax-cuda12-pjrt==$(CUDA_JAX)'
+	@touch $@
+
 .venv-%/.installed: $(built_from) | .venv-%/bin/python
 	.venv-$*/bin/python $(pip) --editable '.[dev]'
 	@touch $@
 
 .venv/bin/python .venv-parity/bin/python:
 	$(or $(PYTHON),$(error Python 3.11 or newer is needed; set PYTHON to one)) -m venv $(@:/bin/python=)
+
+.venv-cuda/bin/python:
+	python3.12 -m venv .venv-cuda
 
 .venv-%/bin/python:
 	python$* -m venv .venv-$*

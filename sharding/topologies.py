@@ -1,12 +1,16 @@
-"""Devices that are not there: what the compiler needs to know of a TPU, and nothing that could run."""
+"""Devices that are not there: what the compiler needs to know of a TPU or a GPU, and nothing that could run."""
 
 import contextlib
 import importlib.util
+import mmap
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 from jax.experimental import topologies
+
+from jaxopt_llm.sharding.chips import CHIPS
 
 # libtpu reads these while it starts. It asks a metadata server of its machine, takes a lock file for itself and writes
 # logs unless told not to; the type and the name of the machine keep it from complaining that it found none.
@@ -41,6 +45,48 @@ def tpu(version: str, layout: str = "2x2") -> list[jax.Device]:
             reason = str(error).splitlines()[0]
             raise ValueError(f"there is no TPU slice {version}:{layout}: {reason}") from error
     return list(found.devices)
+
+
+def gpu(name: str, count: int = 1) -> list[jax.Device]:
+    """The NVIDIA GPUs of a host, to compile for. `JAX_PLATFORMS=cpu` keeps JAX from looking for real ones.
+
+    Args:
+      name: a GPU of `chips.CHIPS` that the plugin describes: with jax 0.12 `a100-80`, `h100` or `b200`.
+      count: GPUs of the host.
+
+    Raises:
+      ModuleNotFoundError: if JAX's CUDA plugin is not installed.
+      ValueError: for a GPU that the plugin does not describe; that of jax 0.10 describes none.
+    """
+    library = _cuda_plugin()
+    if library is None:
+        raise ModuleNotFoundError(
+            "compiling for a GPU needs its compiler: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, "
+            "in jax's own version"
+        )
+    kinds = CHIPS[name].kinds if name in CHIPS else ()
+    config = next(filter(None, (_target(library, kind) for kind in kinds)), None)
+    if config is None:
+        raise ValueError(f"{library.name} of this version describes no GPU {name}; try h100 and jax 0.12")
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name=name, topology=f"1x1x{count}", target_config=config
+    )
+    return list(found.devices)
+
+
+def _cuda_plugin() -> Path | None:
+    for plugin in ("xla_cuda12", "xla_cuda13"):
+        with contextlib.suppress(ModuleNotFoundError):  # of `jax_plugins` itself
+            if (spec := importlib.util.find_spec(f"jax_plugins.{plugin}")) and spec.origin:
+                return Path(spec.origin).with_name("xla_cuda_plugin.so")
+    return None
+
+
+def _target(library: Path, kind: str) -> str | None:
+    """What the plugin says of a GPU: XLA's GpuTargetConfigProto, which lies in the library as text."""
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        last = data.find(f'device_description_str: "{kind}"'.encode())
+        return data[data.rfind(b"\0", 0, last) + 1 : data.find(b"\0", last)].decode() if last >= 0 else None
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "afte
 _VIEWS = {"bitcast", "get-tuple-element", "tuple"}
 _PICKS = {"gather", "slice", "dynamic-slice"}  # read of their first operand what they give
 _PUTS = {"scatter": 2, "dynamic-update-slice": 1}  # write into their first operand what this one holds
-_WRAPS = {"fusion", "call", "async-start"}  # do what the computation does that they call
+_WRAPS = {"fusion", "fusion-start", "call", "async-start"}  # do what the computation does that they call
 
 
 class Shape(NamedTuple):
@@ -84,10 +84,12 @@ class _Instruction(NamedTuple):
     @property
     def called(self) -> list[str]:
         """Computations that it runs once a call: not the condition of a loop, nor what combines two elements."""
-        names = re.findall(
-            r"(?:calls|body|to_apply|branch_computations)=\{?([^},]*(?:, %[^},]*)*)", self.rest
-        )
-        return re.findall(r"%[^\s,]+", names[0]) if names else []
+        if self.opcode == "conditional":
+            which = "branch_computations|true_computation|false_computation"
+        else:
+            which = "calls|body|to_apply"
+        named = re.findall(rf"(?:{which})=(?:\{{([^}}]*)\}}|(%[^\s,]+))", self.rest)
+        return re.findall(r"%[^\s,]+", " ".join(map(" ".join, named)))
 
 
 _Computation = dict[str, _Instruction]

@@ -71,6 +71,48 @@ def test_a_loop_counts_once(place):
     assert total(found, "flops") == turn.flops
 
 
+GPU_TEXT = """HloModule jit_f, is_scheduled=true
+
+%row (table: f32[64,32], id: s32[]) -> f32[1,32] {
+  %table = f32[64,32]{1,0} parameter(0)
+  %id = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,32]{1,0} dynamic-slice(%table, %id, %zero), dynamic_slice_sizes={1,32}
+}
+
+%large (large_in: (f32[64,32])) -> f32[64,32] {
+  %large_in = (f32[64,32]{1,0}) parameter(0)
+  %whole = f32[64,32]{1,0} get-tuple-element(%large_in), index=0
+  ROOT %negated = f32[64,32]{1,0} negate(%whole)
+}
+
+%none (none_in: (f32[64,32])) -> f32[64,32] {
+  %none_in = (f32[64,32]{1,0}) parameter(0)
+  ROOT %same = f32[64,32]{1,0} get-tuple-element(%none_in), index=0
+}
+
+ENTRY %main (x: f32[64,32], i: s32[], which: pred[]) -> f32[64,32] {
+  %x = f32[64,32]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %which = pred[] parameter(2)
+  %start = ((f32[64,32]{1,0}, s32[]), f32[1,32]{1,0}, u32[]) fusion-start(%x, %i), kind=kLoop, calls=%row
+  %done = f32[1,32]{1,0} fusion-done(%start)
+  %both = (f32[64,32]{1,0}) tuple(%x)
+  ROOT %picked = f32[64,32]{1,0} conditional(%which, %ORDER
+}
+"""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_branches_and_fusions_as_a_gpu_has_them(first):
+    """A conditional with its branches by name, of which it does the larger, and a fusion that runs beside others."""
+    one, other = ("large", "none") if first else ("none", "large")
+    order = f"both, %both), true_computation=%{one}, false_computation=%{other}"
+    start, done, picked = operations(GPU_TEXT.replace("ORDER", order))
+    assert (start.read, start.written, done.read, done.written) == (128 + 4, 0, 0, 128)
+    assert (picked.read, picked.written) == (64 * 32 * 4, 64 * 32 * 4)
+
+
 def test_other_text():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         operations("module @jit_f {\n}")

@@ -30,3 +30,19 @@ def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'jaxopt-llm\[tpu-aot\]'"):
         topologies.tpu("v5e")
+
+
+def test_a_gpu_without_the_compiler(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt"):
+        topologies.gpu("h100")
+
+
+@pytest.mark.parametrize("name", ["l4", "h101"])
+def test_a_gpu_that_the_compiler_does_not_describe(name, monkeypatch, tmp_path):
+    """`verify/test_gpu_ahead.py` has one that it does describe."""
+    library = tmp_path / "plugin.so"
+    library.write_bytes(b'code\0device_description_str: "NVIDIA L40"\n\0code')
+    monkeypatch.setattr(topologies, "_cuda_plugin", lambda: library)
+    with pytest.raises(ValueError, match=f"plugin.so of this version describes no GPU {name}; try h100"):
+        topologies.gpu(name)

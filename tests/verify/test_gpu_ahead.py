@@ -1,0 +1,124 @@
+"""The engine's decode step compiled for H100s that are not there: what the program holds, reads and copies.
+
+Layers of Llama 3 8B's size, 8 slots of 2,048 tokens. What the compiler shows, and these tests assert, falls short of
+the TPU's program (`engine/test_ahead.py`) in one place, the attention: XLA does not fuse a gather into a product. It
+gathers the pages of every slot, at full length, into an array of their own, transposed, and reads that again. Of the
+67.1 MB of keys and values a layer it so reads 2.13 times and writes 1.10 times as much, scores included; a kernel reads
+once what is in use. On one device that goes in a loop of two rows a turn, which bounds the copy; a quarter of the heads
+goes at once. A product of few rows is split along the sum, and its parts are written and added.
+
+Without a GPU the compiler does not time alternatives: on one it may choose cuBLAS for a product, which would need the
+dequantized weight.
+"""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from jaxopt_llm.engine import EngineConfig, inputs
+from jaxopt_llm.engine.ahead import Ahead, compile_step
+from jaxopt_llm.evaluate.program import Operation, operations
+from jaxopt_llm.kernels import FORMATS
+from jaxopt_llm.models import ModelConfig, Rope, abstract, place, quantizable, specs, with_weights
+from jaxopt_llm.sharding import MeshSpec, Sharding, topologies
+
+pytest.importorskip("jax_plugins.xla_cuda12", reason="needs JAX's CUDA plugin: make test-cuda")
+pytestmark = pytest.mark.verify
+
+CONFIG = ModelConfig(
+    family="llama", vocab_size=32768, d_model=4096, d_ff=14336, num_layers=2, num_heads=32, num_kv_heads=8,
+    head_dim=128, max_seq_len=2048, windows=(None, None), rope=Rope(),
+)  # fmt: skip
+DECODE = inputs.Shape(rows=8, tokens=8, steps=1, full=False)
+SMALL, LARGE = 2**15, 2**20  # tokens in the cache
+SEEN = DECODE.rows * CONFIG.max_seq_len  # that attention reads
+each_program = pytest.mark.parametrize(("format", "tensor"), [(None, 1), (None, 4), ("int8", 1), ("int8", 4)])
+
+
+def model(format: str | None, tensor: int):
+    shapes = abstract(CONFIG, jnp.bfloat16)
+    if format is not None:
+        rounded = {n: s.shape for n, s in specs(shapes).items() if quantizable(n, s.shape)}
+        shapes = with_weights(shapes, {n: FORMATS[format].shapes(shape) for n, shape in rounded.items()})
+    mesh = MeshSpec(tensor=tensor).build(topologies.gpu("h100", tensor))
+    return place(shapes, Sharding(mesh, CONFIG.units))
+
+
+@functools.cache
+def compiled(format: str | None, tensor: int, tokens: int = SMALL) -> tuple[Ahead, list[Operation]]:
+    sizes = EngineConfig(max_slots=DECODE.rows, cache_tokens=tokens)
+    ahead = compile_step(model(format, tensor), sizes, DECODE)
+    return ahead, operations(ahead.compiled.as_text())
+
+
+def attending(one: Operation) -> bool:
+    return "/attention/while" in one.scope or "/attention/vmap" in one.scope
+
+
+def total(found: list[Operation], what: str) -> int:
+    return sum(getattr(one, what) for one in found)
+
+
+@each_program
+def test_no_weight_is_copied(format, tensor):
+    """Neither dequantized nor in another order: no float array of a weight's size is made in main memory.
+
+    Attention's copy of pages, which may have the size of some weight, has a test of its own.
+    """
+    _, found = compiled(format, tensor)
+    weights = [spec.shape for spec in specs(model(format, tensor)).values() if len(spec.shape) == 2]
+    sizes = {math.prod(shape) // parts for shape in weights for parts in (1, tensor)}
+    arrays = [shape for one in found if not attending(one) for shape in one.outputs]
+    made = [shape for shape in arrays if shape.dtype in ("bf16", "f32")]
+    assert not [shape for shape in made if math.prod(shape.dims) in sizes]
+
+
+@each_program
+def test_the_cache_stays_where_it_is(format, tensor):
+    ahead, found = compiled(format, tensor)
+    assert ahead.compiled.memory_analysis().alias_size_in_bytes >= ahead.cache_bytes
+    updates = [one for one in found if "/attention/scatter" in one.scope]
+    assert len(updates) == 2 * CONFIG.num_layers
+    assert not [one.name for one in updates if one.opcode != "fusion"]
+    assert total(updates, "written") < 1e6
+    loops = [one for one in found if one.opcode == "while"]  # none but those that gather
+    assert len(loops) == (CONFIG.num_layers if tensor == 1 else 0) and all(map(attending, loops))
+    assert total([one for one in found if not attending(one)], "written") < 2.5e7  # the cache: 67 and 268 MB
+
+
+@each_program
+def test_temporaries_do_not_grow_with_the_pages(format, tensor):
+    (small, _), (large, _) = compiled(format, tensor), compiled(format, tensor, LARGE)
+    few, many = (ahead.compiled.memory_analysis().temp_size_in_bytes for ahead in (small, large))
+    assert many == few
+
+
+@each_program
+def test_weights_are_read_once(format, tensor):
+    ahead, found = compiled(format, tensor)
+    others = [one for one in found if not attending(one)]
+    products = [one for one in others if one.flops]
+    width = 1 if format else 2
+    table = CONFIG.vocab_size // tensor * CONFIG.d_model * width  # of which a step reads a row
+    weights = ahead.weight_bytes - table
+    assert weights <= total(products, "read") <= 1.01 * weights
+    assert total(others, "read") - total(products, "read") < 3.5e7  # sums of parts, norms; 13 MB to sample
+    assert total(products, "flops") == pytest.approx(2 * DECODE.rows * weights / width, rel=0.02)
+
+
+@each_program
+def test_attention_copies_what_it_reads(format, tensor):
+    """The figures of the copy: a kernel, or a compiler that fuses the gather, has 1 and 0."""
+    ahead, found = compiled(format, tensor)
+    attention = [one for one in found if attending(one)]
+    seen = ahead.cache_bytes * SEEN // SMALL
+    turns = 4 if tensor == 1 else 1  # of the loop, of which the text has one
+    assert turns * total(attention, "read") == pytest.approx(2.13 * seen, rel=0.01)
+    assert turns * total(attention, "written") == pytest.approx(1.10 * seen, rel=0.01)
+
+
+def test_a_gpu_that_is_not_there():
+    device, *others = topologies.gpu("h100", 8)
+    assert device.device_kind == "NVIDIA H100 80GB HBM3" and len(others) == 7
