@@ -56,7 +56,7 @@ def gpu(name: str, count: int = 1) -> list[jax.Device]:
 
     Raises:
       ModuleNotFoundError: if JAX's CUDA plugin is not installed.
-      ValueError: for a GPU that the plugin does not describe; that of jax 0.10 describes none.
+      ValueError: for a GPU that the plugin does not describe.
     """
     library = _cuda_plugin()
     if library is None:
