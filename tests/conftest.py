@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import io
 import os
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from jaxopt_llm import cache
 
 ROOT = Path(__file__).parents[1]
+_MOST_MAPS = 20_000
 
 # Before JAX is imported; the subprocesses of tests inherit it.
 cache.prepare(Path(os.environ.get("JAXOPT_TEST_CACHE", ROOT / ".cache" / "xla")))
@@ -47,6 +49,16 @@ hypothesis.settings.load_profile("tests")
 def pytest_configure(config: pytest.Config) -> None:
     # JAX writes its cache in place: a reader beside the writer finds half a program, says so and compiles
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_programs() -> Iterator[None]:
+    """Each compiled program takes seven of the 65,530 memory maps that Linux allows; without, XLA crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
