@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from jaxopt_llm.engine import speculative
 from jaxopt_llm.engine.passes import choose, forward, keep_last
@@ -106,7 +106,7 @@ class _Rounds:
             page_table=inputs.page_table[program.speculation.kind if program.speculation else 0],
             sampling=inputs.sampling,
         )
-        drafts, state = self._drafts(rows, state)
+        drafts, state = self._drafts(rows, state, first=~jnp.any(came > 0))
         count = drafts.count if drafts and most else jnp.zeros_like(left)
         layout = Layout.of(rows, drafts, most) if drafts and most else Layout.plain(rows)
         own = jnp.minimum(layout.rows, len(count) - 1) if most else jnp.arange(len(count))
@@ -128,15 +128,16 @@ class _Rounds:
         right = speculative.accepted(sampled.tokens, drafts, most) if drafts else count
         return _Round(sampled, drafts, right, state)
 
-    def _drafts(self, rows: Rows, state: State) -> tuple[Drafts | None, State]:
-        """What the program drafts; with prompt lookup it looks even where it asks about none, to see whether it would
-        pay. What only the full program does follows one token at a time."""
+    def _drafts(self, rows: Rows, state: State, *, first: Bool[Array, ""]) -> tuple[Drafts | None, State]:
+        """What the program drafts. Where prompt lookup asks about none it still looks once a dispatch, to see if it
+        would pay. What only the full program does follows one token at a time."""
         spec, most = self.program.speculation, self.program.drafts
         if spec is None or state.memory is None or self.inputs.extras is not None:
             return None, state
         if self.draft is None:
             assert state.memory.ids is not None
-            return speculative.look_up(spec, state.memory.ids, rows, most), state
+            look = functools.partial(speculative.look_up, spec, state.memory.ids, rows, most)
+            return (look() if most else jax.lax.cond(first, look, lambda: Drafts.none(len(rows.left)))), state
         if not most:
             return None, state
         drafts, memory = speculative.ask(spec, state.memory, self.draft, rows, most)

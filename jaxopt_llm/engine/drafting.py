@@ -24,7 +24,7 @@ class Record:
     """How drafts did in one request, the latest counting most.
 
     Attributes:
-      rounds: of decoding.
+      rounds: of decoding in which drafts were looked for.
       found: rounds that had drafts.
       tested, right: drafts.
       missed: tokens that the draft model has not seen.
@@ -47,7 +47,9 @@ class Record:
         """
         self.missed += 0 if drafts else rounds
         if tally:
-            self.rounds = _KEPT * self.rounds + rounds
+            self.rounds = _KEPT * self.rounds + (
+                rounds if drafts else 1
+            )  # a dispatch without drafts looks once
             self.found = _KEPT * self.found + int(tally.found[row])
             self.tested = _KEPT * self.tested + int(tally.tested[row])
             self.right = _KEPT * self.right + int(tally.right[row])

@@ -89,6 +89,11 @@ class Drafts:
     count: Int32[Array, "B"]
     found: Int32[Array, "B"]
 
+    @classmethod
+    def none(cls, rows: int) -> Self:
+        zeros = jnp.zeros(rows, jnp.int32)
+        return cls(tokens=zeros[:, None], count=zeros, found=zeros)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +102,7 @@ class Tally:
 
     Attributes:
       drafted, accepted: drafts that the model was asked about, and those that were right.
-      found: rounds that had drafts.
+      found: rounds that had drafts, of those in which it was looked for some.
       tested: drafts of which it is known whether they were right: up to the first wrong one of a round, and the
         first where the model was asked about none.
       right: those of them that were.
