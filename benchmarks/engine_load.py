@@ -8,7 +8,7 @@
 - prefix: time to the first token of a prompt with 1,000 tokens that were seen before, against one that was not.
 - idle: share of the time at 8 slots that the device stands between the end of a step and the start of the next.
 
-Writes benchmarks/results/engine_load.json and .png. Takes about six minutes on two cores; run it on an idle machine.
+Writes benchmarks/results/engine_load.json and .png. Run it on an idle machine.
 """
 
 import statistics

@@ -4,7 +4,8 @@
 
 Both engines run every prompt once a round, in turns; a prompt's time is the median over the rounds, and a
 set's speed-up the ratio of its summed times a token. Tokens of the two must be equal. Reads the larger data (see
-benchmarks/record.py) and writes benchmarks/results/speculation.json. Takes about four minutes on two cores.
+benchmarks/record.py) and writes benchmarks/results/speculation.json. Of 4 prompts of 128 tokens
+each, two rounds take 80 seconds on two cores.
 """
 
 import json

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from jaxopt_llm.engine.speculative import Tally
 
-_LOOKED_UP = (
-    0.6  # how often a draft is right if those before it are, before anything is known: by prompt lookup
-)
+# How often a draft is right if those before it are, before anything is known.
+_LOOKED_UP = 0.6  # by prompt lookup
 _MODELLED = 0.8  # by a draft model
 _WEIGHT = 4.0  # of that belief, in drafts
 _KEPT = 0.8  # of what was learned, a dispatch later
@@ -47,9 +46,8 @@ class Record:
         """
         self.missed += 0 if drafts else rounds
         if tally:
-            self.rounds = _KEPT * self.rounds + (
-                rounds if drafts else 1
-            )  # a dispatch without drafts looks once
+            looked = rounds if drafts else 1  # a dispatch without drafts looks once
+            self.rounds = _KEPT * self.rounds + looked
             self.found = _KEPT * self.found + int(tally.found[row])
             self.tested = _KEPT * self.tested + int(tally.tested[row])
             self.right = _KEPT * self.right + int(tally.right[row])

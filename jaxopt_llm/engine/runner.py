@@ -46,7 +46,6 @@ class Runner:
         consume: bool = False,
     ):
         self._model_config, self._sizes = model.config, config.scheduler(model.config)
-        self._draft_config = draft.config if draft else None
         self._mesh = engine_mesh(model)
         speculation = _speculation(model.config) if draft or config.prompt_lookup else None
         if draft is not None and speculation is not None:
@@ -59,7 +58,7 @@ class Runner:
         state = functools.partial(
             empty_state,
             model.config, self._sizes, dtype, self._mesh, platform_of(model),
-            speculation=speculation, draft=self._draft_config,
+            speculation=speculation, draft=draft.config if draft else None,
         )  # fmt: skip
         jax.eval_shape(on_each(self._mesh, state))  # what cannot be raises here, while the models are whole
         self._weights = Placed(model, consume=consume)
