@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 from jaxopt_llm.engine import inputs
 from jaxopt_llm.engine.config import EngineConfig
 from jaxopt_llm.engine.layout import empty_counts, empty_state, on_each, packing
-from jaxopt_llm.engine.passes import choose_among, forward, keep_last, latest
+from jaxopt_llm.engine.passes import choose, forward, keep_last, latest
 from jaxopt_llm.engine.placed import engine_mesh, spec_of
 from jaxopt_llm.engine.program import HELD, PACKED, Inputs, Leaves, Program, Sampled, State
 from jaxopt_llm.engine.skeleton import Skeleton
@@ -100,7 +100,7 @@ def _sampled(
     state = State(cache=(), last_tokens=last_tokens)
     last = jnp.maximum(inputs.query_start[1:] - 1, 0)
     tokens, positions = latest(state, inputs).tokens[last], inputs.positions[last]
-    sampled = choose_among(logits, tokens, positions, inputs.sampling, state, inputs, ())
+    sampled = choose(logits, tokens, positions, inputs.sampling, state, inputs, ())
     return sampled, keep_last(state, inputs, sampled.tokens, inputs.limit > 0)
 
 

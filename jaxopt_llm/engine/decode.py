@@ -122,7 +122,7 @@ class _Rounds:
         hidden, state = forward(self.model, None, state, fed, program.speculation)
         sampling = jax.tree.map(lambda a: a[own], inputs.sampling) if most else inputs.sampling
         sampled = choose(
-            self.model, hidden, layout.tokens, positions, sampling, state, fed, program.processors
+            self.model.logits(hidden), layout.tokens, positions, sampling, state, fed, program.processors
         )
         sampled = jax.tree.map(functools.partial(layout.by_row, most=most), sampled)
         right = speculative.accepted(sampled.tokens, drafts, most) if drafts else count

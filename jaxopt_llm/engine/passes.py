@@ -64,23 +64,8 @@ def latest(state: State, inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, tokens=jnp.where(inputs.tokens < 0, last, inputs.tokens))
 
 
-def choose(
-    model: Transformer,
-    hidden: Float[Array, "n D"],
-    tokens: Int32[Array, "n"],
-    positions: Int32[Array, "n"],
-    sampling: RowSampling,
-    state: State,
-    inputs: Inputs,
-    processors: tuple[Processor, ...],
-) -> Sampled:
-    """The next token after each hidden state, as settings say; in a full program there is one a row."""
-    logits = model.logits(hidden)
-    return choose_among(logits, tokens, positions, sampling, state, inputs, processors)
-
-
 @jax.named_scope("sampling")
-def choose_among(
+def choose(
     raw: Float[Array, "n V"],
     tokens: Int32[Array, "n"],
     positions: Int32[Array, "n"],
@@ -89,7 +74,7 @@ def choose_among(
     inputs: Inputs,
     processors: tuple[Processor, ...],
 ) -> Sampled:
-    """`choose`, of the model's own scores."""
+    """The next token for each row of the model's own scores, as settings say; in a full program there is one a row."""
     logits = raw
     if inputs.extras is not None:
         logits = _shift(logits, state, inputs)

@@ -54,7 +54,7 @@ def _step(leaves: Leaves, state: State, inputs: Inputs, program: Program) -> tup
     hidden, state = forward(model, draft, state, inputs, spec)
     last = jnp.maximum(inputs.query_start[1:] - 1, 0)
     sampled = choose(
-        model, hidden[last], inputs.tokens[last], inputs.positions[last],
+        model.logits(hidden[last]), inputs.tokens[last], inputs.positions[last],
         inputs.sampling, state, inputs, program.processors,
     )  # fmt: skip
     state = keep_last(state, inputs, sampled.tokens, inputs.limit > 0)
