@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Int32
 
 from jaxopt_llm.engine import speculative
 from jaxopt_llm.engine.passes import choose, forward, keep_last
@@ -91,7 +91,7 @@ class _Rounds:
         keep = lambda store, new: store.at[target, each[None, :]].set(new, mode="drop")
         out = now.out
         assert out.rounds is not None
-        tally = out.tally.add(drafts, sampled.tokens[0], right) if out.tally and drafts else None
+        tally = out.tally.add(drafts, right) if out.tally and drafts else None
         sampled = jax.tree.map(keep, out.sampled, sampled)
         out = dataclasses.replace(out, sampled=sampled, rounds=out.rounds + 1, tally=tally)
         left = jnp.where(ended, 0, now.left - more)
@@ -106,10 +106,10 @@ class _Rounds:
             page_table=inputs.page_table[program.speculation.kind if program.speculation else 0],
             sampling=inputs.sampling,
         )
-        drafts, state = self._drafts(rows, state, first=~jnp.any(came > 0))
-        count = drafts.count if drafts and most else jnp.zeros_like(left)
-        layout = Layout.of(rows, drafts, most) if drafts and most else Layout.plain(rows)
-        own = jnp.minimum(layout.rows, len(count) - 1) if most else jnp.arange(len(count))
+        drafts, state = self._drafts(rows, state)
+        count = drafts.count if drafts else jnp.zeros_like(left)
+        layout = Layout.of(rows, drafts, most) if drafts else Layout.plain(rows)
+        own = jnp.minimum(layout.rows, len(count) - 1) if drafts else jnp.arange(len(count))
         positions = rows.positions[own] + layout.offset
         fed = dataclasses.replace(
             inputs,
@@ -120,25 +120,21 @@ class _Rounds:
             query_start=layout.start,
         )
         hidden, state = forward(self.model, None, state, fed, program.speculation)
-        sampling = jax.tree.map(lambda a: a[own], inputs.sampling) if most else inputs.sampling
+        sampling = jax.tree.map(lambda a: a[own], inputs.sampling) if drafts else inputs.sampling
         sampled = choose(
             self.model.logits(hidden), layout.tokens, positions, sampling, state, fed, program.processors
         )
         sampled = jax.tree.map(functools.partial(layout.by_row, most=most), sampled)
-        right = speculative.accepted(sampled.tokens, drafts, most) if drafts else count
+        right = speculative.accepted(sampled.tokens, drafts) if drafts else count
         return _Round(sampled, drafts, right, state)
 
-    def _drafts(self, rows: Rows, state: State, *, first: Bool[Array, ""]) -> tuple[Drafts | None, State]:
-        """What the program drafts. Where prompt lookup asks about none it still looks once a dispatch, to see if it
-        would pay. What only the full program does follows one token at a time."""
+    def _drafts(self, rows: Rows, state: State) -> tuple[Drafts | None, State]:
+        """What the program drafts. What only the full program does follows one token at a time."""
         spec, most = self.program.speculation, self.program.drafts
-        if spec is None or state.memory is None or self.inputs.extras is not None:
+        if not most or spec is None or state.memory is None or self.inputs.extras is not None:
             return None, state
         if self.draft is None:
             assert state.memory.ids is not None
-            look = functools.partial(speculative.look_up, spec, state.memory.ids, rows, most)
-            return (look() if most else jax.lax.cond(first, look, lambda: Drafts.none(len(rows.left)))), state
-        if not most:
-            return None, state
+            return speculative.look_up(spec, state.memory.ids, rows, most), state
         drafts, memory = speculative.ask(spec, state.memory, self.draft, rows, most)
         return drafts, dataclasses.replace(state, memory=memory)

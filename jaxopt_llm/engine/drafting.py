@@ -1,56 +1,132 @@
-"""How many drafts pay: learned from how the drafts of each request did, and how long rounds took. Host only."""
+"""How many drafts pay: learned from what came of each request, and from how long rounds took. Host only."""
 
-import dataclasses
 import statistics
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from jaxopt_llm.engine.speculative import Tally
+LONGEST, SHORTEST = 4, 2  # tokens that must have stood in the same order before, for prompt lookup
 
-# How often a draft is right if those before it are, before anything is known.
-_LOOKED_UP = 0.6  # by prompt lookup
-_MODELLED = 0.8  # by a draft model
+_MODELLED = (
+    0.8  # how often a draft model's draft is believed right if those before it are, before anything is known
+)
 _WEIGHT = 4.0  # of that belief, in drafts
-_KEPT = 0.8  # of what was learned, a dispatch later
-_MORE = 0.05  # of a round's time, what one more draft a row is believed to add
+_KEPT = 0.8  # of what was learned of a draft model, a dispatch later
+_KEPT_TOKEN = 0.98  # of what was learned of prompt lookup, a token later
+_MORE = 0.1  # of a round's time, what one more draft a row is believed to add
 _RECENT = 15  # rounds' times that a median is taken of
 _GAIN = 1.08  # what drafts must promise: times and rates are measured, and vary
 _GAP = 64  # tokens that a draft model may have missed and still be asked
 
 
-@dataclasses.dataclass(kw_only=True)
-class Record:
-    """How drafts did in one request, the latest counting most.
+class Asked(NamedTuple):
+    """What a dispatch asked for one request.
 
     Attributes:
-      rounds: of decoding in which drafts were looked for.
-      found: rounds that had drafts.
-      tested, right: drafts.
-      missed: tokens that the draft model has not seen.
+      drafts: of a round, at most.
+      tested: drafts of which it is known whether they were right: up to the first wrong one of a round.
+      right: those of them that were.
     """
 
-    rounds: float = 0.0
-    found: float = 0.0
-    tested: float = 0.0
-    right: float = 0.0
-    missed: int = 0
+    drafts: int
+    tested: int
+    right: int
 
-    def add(self, rounds: int, tally: Tally | None, row: int, *, drafts: int) -> None:
-        """A dispatch.
 
-        Args:
-          rounds: that it took.
-          tally: how drafts did; None if nothing was drafted.
-          row: of the request.
-          drafts: that the model was asked about at most.
-        """
-        self.missed += 0 if drafts else rounds
-        if tally:
-            looked = rounds if drafts else 1  # a dispatch without drafts looks once
-            self.rounds = _KEPT * self.rounds + looked
-            self.found = _KEPT * self.found + int(tally.found[row])
-            self.tested = _KEPT * self.tested + int(tally.tested[row])
-            self.right = _KEPT * self.right + int(tally.right[row])
+class LookedUp:
+    """What prompt lookup would have gained in a request so far.
+
+    Its drafts follow from the tokens alone, so the host plays the rounds of each level over again, beside the device:
+    nobody asks the model about drafts to find out that they are wrong.
+
+    Args:
+      prompt: of the request.
+      levels: numbers of drafts.
+    """
+
+    def __init__(self, prompt: Sequence[int], levels: Sequence[int]):
+        self._tokens: list[int] = []
+        self._after: dict[
+            tuple[int, ...], int
+        ] = {}  # where each run of tokens last ended, and what follows begins
+        self._plays = {level: _Play() for level in levels}
+        for token in prompt:
+            self._see(token)
+
+    def take(self, tokens: Sequence[int], asked: Asked | None) -> None:
+        """Takes in what came, and how drafts did in it; None where there could be none."""
+        del asked
+        for token in tokens:
+            right = [play.next(self._tokens, token) for play in self._plays.values()]
+            draft = self._see(token)
+            for (level, play), accepted in zip(self._plays.items(), right, strict=True):
+                if not accepted:
+                    play.start(draft, level)
+
+    def tokens(self, level: int) -> float:
+        """Of a round with at most so many drafts, expected."""
+        play = self._plays[level]
+        return play.tokens / play.rounds if play.rounds else 1.0
+
+    def _see(self, token: int) -> int | None:
+        """Adds a token; where drafts of what comes after it begin."""
+        self._tokens.append(token)
+        end = len(self._tokens)
+        draft = None
+        for length in range(min(LONGEST, end), SHORTEST - 1, -1):
+            run = tuple(self._tokens[-length:])
+            if draft is None:
+                draft = self._after.get(run)
+            self._after[run] = end
+        return draft
+
+
+class _Play:
+    """Rounds of one level over a request's tokens; both counts fade with each token."""
+
+    def __init__(self) -> None:
+        self.tokens = self.rounds = 0.0
+        self._draft, self._left = 0, 0
+
+    def next(self, tokens: Sequence[int], token: int) -> bool:
+        """Whether the token is a draft that was right, so that the round goes on."""
+        self.tokens = _KEPT_TOKEN * self.tokens + 1
+        self.rounds *= _KEPT_TOKEN
+        right = self._left > 0 and tokens[self._draft] == token
+        if right:
+            self._draft, self._left = self._draft + 1, self._left - 1
+        return right
+
+    def start(self, draft: int | None, level: int) -> None:
+        """The next round, whose drafts begin there."""
+        self.rounds += 1
+        self._draft, self._left = (0, 0) if draft is None else (draft, level)
+
+
+class Modelled:
+    """How a draft model's drafts did in a request, the latest counting most."""
+
+    def __init__(self) -> None:
+        self._tested = self._right = 0.0
+        self._missed = 0  # tokens that the draft model has not seen
+
+    def take(self, tokens: Sequence[int], asked: Asked | None) -> None:
+        """As `LookedUp.take`."""
+        if asked is None:
+            return  # of a program that feeds the draft model what it feeds the model
+        self._missed += 0 if asked.drafts else len(tokens)
+        self._tested = _KEPT * self._tested + asked.tested
+        self._right = _KEPT * self._right + asked.right
+
+    def tokens(self, level: int) -> float:
+        """As `LookedUp.tokens`."""
+        if self._missed > _GAP:
+            return 1.0
+        right = (self._right + _WEIGHT * _MODELLED) / (self._tested + _WEIGHT)
+        return sum(right**i for i in range(level + 1))
+
+
+Record = LookedUp | Modelled
 
 
 class Drafting:
@@ -69,6 +145,10 @@ class Drafting:
         self._model = model
         self._times: dict[tuple[int, int], deque[float]] = {}
 
+    def record(self, prompt: Sequence[int]) -> Record:
+        """For a new request."""
+        return Modelled() if self._model else LookedUp(prompt, self.levels[1:])
+
     def level(self, records: Sequence[Record], rows: int) -> int:
         """The one with the most tokens a second.
 
@@ -81,7 +161,7 @@ class Drafting:
         base = self._seconds(rows, 0)
         best, gain = 0, _GAIN
         for level in self.levels[1:]:
-            tokens = sum(self._tokens(record, level) for record in records) / max(len(records), 1)
+            tokens = sum(record.tokens(level) for record in records) / max(len(records), 1)
             if tokens * base / self._seconds(rows, level) > gain:
                 best, gain = level, tokens * base / self._seconds(rows, level)
         return best
@@ -97,12 +177,3 @@ class Drafting:
         if times := self._times.get((rows, level)):
             return statistics.median(times)
         return (1 + _MORE * level) * self._seconds(rows, 0)
-
-    def _tokens(self, record: Record, level: int) -> float:
-        """Of a round, expected."""
-        if self._model and record.missed > _GAP:
-            return 1.0
-        belief = _MODELLED if self._model else _LOOKED_UP
-        right = (record.right + _WEIGHT * belief) / (record.tested + _WEIGHT)
-        found = 1.0 if self._model or not record.rounds else record.found / record.rounds
-        return 1 + found * sum(right**i for i in range(1, level + 1))

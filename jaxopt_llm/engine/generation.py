@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from jaxopt_llm.engine.drafting import Record
 from jaxopt_llm.engine.plan import Piece, Request
 from jaxopt_llm.engine.program import Out, Sampled
 from jaxopt_llm.engine.request import Result, TokenLogprob
@@ -75,7 +74,6 @@ class Generation:
         self._shown = 0
         self._start = start
         self._times: list[float] = []
-        self.record = Record()
 
     @property
     def full(self) -> bool:

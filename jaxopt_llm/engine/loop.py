@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 
 from jaxopt_llm.engine import inputs
-from jaxopt_llm.engine.drafting import Drafting
+from jaxopt_llm.engine.drafting import Asked, Drafting, Record
 from jaxopt_llm.engine.generation import Generation
 from jaxopt_llm.engine.inputs import Shape, Widths
 from jaxopt_llm.engine.plan import Metrics, Plan
@@ -53,6 +53,7 @@ class Loop:
         self._shapes: set[Shape] = set()  # of the programs that have run
         self._in_flight: deque[_Dispatch] = deque()
         self._drafting = drafting
+        self._records: dict[int, Record] = {}  # of the requests under way, where drafts are tried
         self._drafted = self._accepted = 0
         self._read_last = 0.0
         self._failure: BaseException | None = None
@@ -83,9 +84,12 @@ class Loop:
         shard = min(range(len(self._running)), key=lambda i: len(self._running[i]))
         self._schedulers[shard].add(generation.request)
         self._running[shard][generation.request.id] = generation
+        if self._drafting:
+            self._records[generation.request.id] = self._drafting.record(generation.request.prompt)
 
     def close(self, generation: Generation) -> None:
         """Forgets a request that has ended."""
+        self._records.pop(generation.request.id, None)
         for scheduler, running in zip(self._schedulers, self._running, strict=True):
             if running.pop(generation.request.id, None):
                 end = scheduler.fail if generation.error else scheduler.finish
@@ -157,7 +161,7 @@ class Loop:
         full = any(generation.full for generation in itertools.chain(*generations))
         shape = inputs.shape([plan for plan in plans if plan], sizes, full=full)
         if self._drafting and shape.steps > 1 and not full:
-            records = [generation.record for generation in itertools.chain(*generations)]
+            records = [self._records[generation.request.id] for generation in itertools.chain(*generations)]
             shape = shape._replace(drafts=self._drafting.level(records, shape.rows))
         batches = [
             inputs.build(plan or _nothing(self._schedulers[i]), generations[i], shape, self._widths)
@@ -171,16 +175,13 @@ class Loop:
         return self._runner.run(batches, steps=shape.steps, full=shape.full, drafts=shape.drafts)
 
     def _learn(self, dispatch: _Dispatch, outs: Sequence[Out], now: float) -> None:
-        """How the drafts of a dispatch did, and how long it took since it was sent or the one before it was over."""
+        """How long a dispatch took since it was sent or the one before it was over, and how many drafts were right."""
         seconds, self._read_last = now - max(dispatch.sent, self._read_last), now
-        if self._drafting is None or outs[0].rounds is None:
+        shape = dispatch.shape
+        if self._drafting is None or shape.full or outs[0].rounds is None:
             return
-        shape, rounds = dispatch.shape, max(int(out.rounds or 0) for out in outs)
-        if not shape.full:
-            self._drafting.learn(shape.rows, shape.drafts, rounds, seconds)
-        for out, generations in zip(outs, dispatch.generations, strict=True):
-            for row, generation in enumerate(generations):
-                generation.record.add(rounds, out.tally, row, drafts=shape.drafts)
+        self._drafting.learn(shape.rows, shape.drafts, max(int(out.rounds or 0) for out in outs), seconds)
+        for out in outs:
             if out.tally:
                 self._drafted += int(out.tally.drafted.sum())
                 self._accepted += int(out.tally.accepted.sum())
@@ -203,6 +204,8 @@ class Loop:
             ):
                 generation.take_prompt(piece, out, start)
                 tokens.append(generation.take_tokens(piece, out.sampled, row, now))
+                if record := self._records.get(piece.request.id):
+                    record.take(tokens[-1], _asked(out, dispatch.shape, row))
                 if generation.error:  # it has no tokens to go on from
                     self.close(generation)
             scheduler.complete(plan, tokens)
@@ -214,6 +217,13 @@ class Loop:
 def _nothing(scheduler: Scheduler) -> Plan:
     """For a data shard that has nothing to do while others have."""
     return Plan(pieces=(), steps=1, page_table=scheduler.page_table)
+
+
+def _asked(out: Out, shape: Shape, row: int) -> Asked | None:
+    if out.rounds is None:
+        return None
+    tested, right = (int(out.tally.tested[row]), int(out.tally.accepted[row])) if out.tally else (0, 0)
+    return Asked(drafts=shape.drafts, tested=tested, right=right)
 
 
 def _sum(parts: Sequence[Metrics]) -> Metrics:

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Shaped
 
+from jaxopt_llm.engine.drafting import LONGEST, SHORTEST
 from jaxopt_llm.engine.sampling import RowSampling, sample
 from jaxopt_llm.engine.skeleton import Skeleton
 from jaxopt_llm.models import Batch, Cache, Transformer
-
-_LONGEST, _SHORTEST = 4, 2  # tokens that must have stood in the same order before
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,18 +80,11 @@ class Drafts:
 
     Attributes:
       tokens: in order.
-      count: how many of them the model is asked about.
-      found: whether there are any, asked about or not.
+      count: how many there are.
     """
 
     tokens: Int32[Array, "B M"]
     count: Int32[Array, "B"]
-    found: Int32[Array, "B"]
-
-    @classmethod
-    def none(cls, rows: int) -> Self:
-        zeros = jnp.zeros(rows, jnp.int32)
-        return cls(tokens=zeros[:, None], count=zeros, found=zeros)
 
 
 @jax.tree_util.register_dataclass
@@ -102,40 +94,24 @@ class Tally:
 
     Attributes:
       drafted, accepted: drafts that the model was asked about, and those that were right.
-      found: rounds that had drafts, of those in which it was looked for some.
-      tested: drafts of which it is known whether they were right: up to the first wrong one of a round, and the
-        first where the model was asked about none.
-      right: those of them that were.
+      tested: drafts of which it is known whether they were right: up to the first wrong one of a round.
     """
 
     drafted: Int32[Any, "*n B"]
     accepted: Int32[Any, "*n B"]
-    found: Int32[Any, "*n B"]
     tested: Int32[Any, "*n B"]
-    right: Int32[Any, "*n B"]
 
     @classmethod
     def empty(cls, rows: int) -> Self:
         zeros = jnp.zeros(rows, jnp.int32)
-        return cls(drafted=zeros, accepted=zeros, found=zeros, tested=zeros, right=zeros)
+        return cls(drafted=zeros, accepted=zeros, tested=zeros)
 
-    def add(self, drafts: Drafts, first: Int32[Array, "B"], right: Int32[Array, "B"]) -> Self:
-        """One round.
-
-        Args:
-          drafts: of the round.
-          first: what the model sampled after each row's latest token.
-          right: how many drafts it accepted.
-        """
-        asked = drafts.count > 0
-        once = drafts.found * (drafts.tokens[:, 0] == first).astype(jnp.int32)
-        return dataclasses.replace(
-            self,
+    def add(self, drafts: Drafts, accepted: Int32[Array, "B"]) -> Self:
+        """One round's, and how many of them were accepted."""
+        return type(self)(
             drafted=self.drafted + drafts.count,
-            accepted=self.accepted + right,
-            found=self.found + drafts.found,
-            tested=self.tested + jnp.where(asked, jnp.minimum(right + 1, drafts.count), drafts.found),
-            right=self.right + jnp.where(asked, right, once),
+            accepted=self.accepted + accepted,
+            tested=self.tested + jnp.minimum(accepted + 1, drafts.count),
         )
 
 
@@ -181,18 +157,17 @@ def look_up(spec: Speculation, ids: Int32[Array, "pages page_size"], rows: Rows,
     reach = at if spec.window is None else jnp.minimum(at, spec.window - 1)
     matches = (place < at) & (place >= at - reach)
     length = jnp.zeros_like(known)
-    for back in range(_LONGEST):
+    for back in range(LONGEST):
         behind = jnp.pad(known, ((0, 0), (back, 0)))[:, : known.shape[1]]
         latest = jnp.take_along_axis(known, jnp.maximum(at - back, 0), axis=1)
         matches = matches & (behind == latest) & (place >= back) & (at >= back)
         length = length + matches.astype(jnp.int32)
     best = jnp.argmax(length * known.shape[1] + place, axis=1, keepdims=True)
-    long = jnp.take_along_axis(length, best, axis=1)[:, 0] >= _SHORTEST
+    long = jnp.take_along_axis(length, best, axis=1)[:, 0] >= SHORTEST
     # Where the match ends at the latest token itself, the tokens repeat: so do the drafts.
     period = jnp.maximum(at - best, 1)
-    tokens = jnp.take_along_axis(known, best + 1 + jnp.arange(max(most, 1))[None, :] % period, axis=1)
-    found = (long & (rows.left > 0)).astype(jnp.int32)
-    return Drafts(tokens=tokens, count=jnp.where(found, _room(rows, most), 0), found=found)
+    tokens = jnp.take_along_axis(known, best + 1 + jnp.arange(most)[None, :] % period, axis=1)
+    return Drafts(tokens=tokens, count=jnp.where(long, _room(rows, most), 0))
 
 
 def ask(
@@ -219,8 +194,7 @@ def ask(
     tokens = jnp.zeros((len(count), most), jnp.int32)
     # One step more than there are drafts: the last one's keys and values are wanted if it is accepted.
     tokens, _, cache = jax.lax.fori_loop(0, most + 1, once, (tokens, rows.tokens, memory.cache))
-    drafts = Drafts(tokens=tokens, count=count, found=(count > 0).astype(jnp.int32))
-    return drafts, dataclasses.replace(memory, cache=cache)
+    return Drafts(tokens=tokens, count=count), dataclasses.replace(memory, cache=cache)
 
 
 def _room(rows: Rows, most: int) -> Int32[Array, "B"]:
@@ -276,10 +250,8 @@ class Layout:
         return values[jnp.minimum(place, len(values) - 1)] if most else values[None]
 
 
-def accepted(sampled: Int32[Array, "M1 B"], drafts: Drafts, most: int) -> Int32[Array, "B"]:
+def accepted(sampled: Int32[Array, "M1 B"], drafts: Drafts) -> Int32[Array, "B"]:
     """How many drafts of each row, from its first on, equal what the model sampled in their place."""
-    if not most:
-        return jnp.zeros_like(drafts.count)
-    asked = jnp.arange(most)[None, :] < drafts.count[:, None]
-    right = (drafts.tokens[:, :most] == sampled[:-1].T) & asked
+    most = drafts.tokens.shape[1]
+    right = (drafts.tokens == sampled[:-1].T) & (jnp.arange(most)[None, :] < drafts.count[:, None])
     return jnp.sum(jnp.cumprod(right.astype(jnp.int32), axis=1), axis=1)

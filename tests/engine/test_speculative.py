@@ -8,8 +8,8 @@ import pytest
 import scipy.stats
 
 import jaxopt_llm as jo
-from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams, speculative
-from jaxopt_llm.engine.drafting import Drafting, Record
+from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams, drafting, speculative
+from jaxopt_llm.engine.drafting import Drafting
 from jaxopt_llm.engine.sampling import RowSampling
 from jaxopt_llm.engine.speculative import Drafts, Layout, Rows, Speculation, Tally
 from jaxopt_llm.models import place, weights, with_weights
@@ -191,7 +191,7 @@ def test_lookup_finds_what_its_definition_says(window):
         drafts = speculative.look_up(spec, jnp.asarray(ids), rows, 5)
         for row, sequence in enumerate(sequences):
             length, tokens = found_in(sequence, 5, window)
-            assert (int(drafts.found[row]), int(drafts.count[row])) == ((1, 5) if length else (0, 0))
+            assert int(drafts.count[row]) == (5 if length else 0)
             if length:
                 found += 1
                 assert drafts.tokens[row].tolist() == tokens
@@ -202,52 +202,68 @@ def test_drafts_lie_behind_their_row_and_are_accepted_up_to_the_first_wrong_one(
     rows = rows_of([10, 20, 30], [5, 0, 7], [9, 0, 2], [[0]] * 3)
     tokens = jnp.asarray([[11, 12, 13], [21, 22, 23], [31, 32, 33]], jnp.int32)
     count = jnp.asarray([3, 0, 1], jnp.int32)
-    drafts = Drafts(tokens=tokens, count=count, found=jnp.asarray([1, 0, 1], jnp.int32))
+    drafts = Drafts(tokens=tokens, count=count)
     layout = Layout.of(rows, drafts, 3)
     assert layout.tokens[:7].tolist() == [10, 11, 12, 13, 20, 30, 31]
     assert layout.rows.tolist() == [0, 0, 0, 0, 3, 2, 2, *[3] * 5], "one that is through is padding"
     assert layout.start.tolist() == [0, 4, 5, 7]
     assert (layout.offset[:7]).tolist() == [0, 1, 2, 3, 0, 0, 1]
     sampled = layout.by_row(jnp.asarray([11, 12, 0, 14, 0, 31, 32, *[0] * 5], jnp.int32), 3)
-    right = speculative.accepted(sampled, drafts, 3)
+    right = speculative.accepted(sampled, drafts)
     assert right.tolist() == [2, 0, 1]
-    tally = Tally.empty(3).add(drafts, sampled[0], right)
+    tally = Tally.empty(3).add(drafts, right)
     assert [tally.drafted.sum(), tally.accepted.sum(), *tally.tested.tolist()] == [4, 3, 3, 0, 1]
 
 
-def test_looking_alone_tells_whether_the_first_draft_was_right():
-    found = jnp.asarray([1, 1, 0], jnp.int32)
-    drafts = Drafts(tokens=jnp.asarray([[1], [2], [3]], jnp.int32), count=jnp.zeros_like(found), found=found)
-    tally = Tally.empty(3).add(drafts, jnp.asarray([1, 5, 3], jnp.int32), jnp.zeros_like(found))
-    assert (tally.tested.tolist(), tally.right.tolist()) == ([1, 1, 0], [1, 0, 0])
-    assert tally.drafted.tolist() == tally.accepted.tolist() == [0, 0, 0]
-
-
-def record(found, right):
-    """Of a hundred rounds, a share of which had drafts, a share of which were right."""
-    counts = {"found": 100 * found, "tested": 100 * found, "right": 100 * found * right}
-    return Record(rounds=100.0, **counts)
+@pytest.mark.parametrize("level", [1, 3, 7])
+def test_host_plays_the_rounds_that_lookup_would_have_made(monkeypatch, level):
+    """Against the definition, over sequences that repeat themselves."""
+    monkeypatch.setattr(drafting, "_KEPT_TOKEN", 1.0)
+    rng = np.random.default_rng(level)
+    shorter = 0
+    for _ in range(20):
+        passage = rng.integers(0, 6, 30).tolist()
+        prompt, text = (
+            passage[:20],
+            [*rng.integers(0, 6, 3).tolist(), *passage, *rng.integers(0, 3, 20).tolist()],
+        )
+        record = drafting.LookedUp(prompt, [level])
+        for part in (text[:7], text[7:8], text[8:]):
+            record.take(part, None)
+        at, rounds = 0, 0
+        drafts: list[int] = []  # of the first token none, as before it nothing was decoded
+        while at < len(text):
+            right = 0
+            while right < len(drafts) and text[at + right : at + right + 1] == [drafts[right]]:
+                right += 1
+            at, rounds = at + right + 1, rounds + (at + right < len(text))  # the last may not be over
+            drafts = found_in(prompt + text[:at], level, None)[1] or []
+        assert record.tokens(level) == pytest.approx(len(text) / rounds)
+        shorter += rounds < len(text)
+    assert shorter > 15
 
 
 @pytest.mark.parametrize(
-    ("found", "right", "seconds", "level"),
+    ("tokens", "seconds", "level"),
     [
-        (1.0, 0.98, (1, 1.2, 1.4), 7),
-        (1.0, 0.98, (1, 1.2, 5.0), 3),
-        (1.0, 0.98, (1, 4.0, 8.0), 0),
-        (1.0, 0.05, (1, 1.2, 1.4), 0),
-        (0.1, 0.98, (1, 1.5, 2.0), 0),
-        (0.0, 0.00, (1, 1.1, 1.2), 0),
+        ({3: 3.9, 7: 7.2}, (1, 1.2, 1.4), 7),
+        ({3: 3.9, 7: 7.2}, (1, 1.2, 5.0), 3),
+        ({3: 3.9, 7: 7.2}, (1, 4.0, 8.0), 0),
+        ({3: 1.2, 7: 1.3}, (1, 1.2, 1.4), 0),
+        ({3: 1.0, 7: 1.0}, (1, 1.0, 1.0), 0),
     ],
 )
-def test_as_many_drafts_as_pay(monkeypatch, found, right, seconds, level):
+def test_as_many_drafts_as_pay(monkeypatch, tokens, seconds, level):
     monkeypatch.undo()
-    drafting = Drafting(7, model=False)
-    for each, time in zip(drafting.levels, seconds, strict=True):
+    chooser = Drafting(7, model=False)
+    record = chooser.record([])
+    record.tokens = tokens.get
+    assert chooser.level([record], 1) == 0, "what rounds take is not known"
+    for each, time in zip(chooser.levels, seconds, strict=True):
         for noise in (0.98, 1.02, 1.0, 9.0, 1.01):
-            drafting.learn(1, each, 4, 4 * time * noise)
-    assert drafting.level([record(found, right)], 1) == level
-    assert drafting.level([record(found, right)], 2) == 0, "what rounds of two rows take is not known"
+            chooser.learn(1, each, 4, 4 * time * noise)
+    assert chooser.level([record], 1) == level
+    assert chooser.level([record, chooser.record([])], 1) in (0, level), "one that gains nothing counts too"
 
 
 def test_a_draft_model_that_does_not_pay_is_asked_no_more(monkeypatch):
