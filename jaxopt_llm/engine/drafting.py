@@ -1,5 +1,6 @@
 """How many drafts pay: learned from what came of each request, and from how long rounds took. Host only."""
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -12,10 +13,10 @@ _MODELLED = (
 )
 _WEIGHT = 4.0  # of that belief, in drafts
 _KEPT = 0.8  # of what was learned of a draft model, a dispatch later
-_KEPT_TOKEN = 0.98  # of what was learned of prompt lookup, a token later
+_KEPT_TOKEN = 0.95  # of what was learned of prompt lookup, a token later
 _MORE = 0.1  # of a round's time, what one more draft a row is believed to add
 _RECENT = 15  # rounds' times that a median is taken of
-_GAIN = 1.08  # what drafts must promise: times and rates are measured, and vary
+_GAIN = 1.03  # what drafts must promise: times and rates are measured, and vary
 _GAP = 64  # tokens that a draft model may have missed and still be asked
 
 
@@ -31,6 +32,18 @@ class Asked(NamedTuple):
     drafts: int
     tested: int
     right: int
+
+
+class Gain(NamedTuple):
+    """What a level promises in a request.
+
+    Attributes:
+      tokens: of a round.
+      drafted: share of rounds that have drafts.
+    """
+
+    tokens: float
+    drafted: float
 
 
 class LookedUp:
@@ -63,10 +76,10 @@ class LookedUp:
                 if not accepted:
                     play.start(draft, level)
 
-    def tokens(self, level: int) -> float:
-        """Of a round with at most so many drafts, expected."""
+    def gain(self, level: int) -> Gain:
+        """Of rounds with at most so many drafts."""
         play = self._plays[level]
-        return play.tokens / play.rounds if play.rounds else 1.0
+        return Gain(play.tokens / play.rounds, play.drafted / play.rounds) if play.rounds else Gain(1.0, 0.0)
 
     def _see(self, token: int) -> int | None:
         """Adds a token; where drafts of what comes after it begin."""
@@ -82,16 +95,17 @@ class LookedUp:
 
 
 class _Play:
-    """Rounds of one level over a request's tokens; both counts fade with each token."""
+    """Rounds of one level over a request's tokens, and those of them that had drafts; counts fade with each token."""
 
     def __init__(self) -> None:
-        self.tokens = self.rounds = 0.0
+        self.tokens = self.rounds = self.drafted = 0.0
         self._draft, self._left = 0, 0
 
     def next(self, tokens: Sequence[int], token: int) -> bool:
         """Whether the token is a draft that was right, so that the round goes on."""
         self.tokens = _KEPT_TOKEN * self.tokens + 1
         self.rounds *= _KEPT_TOKEN
+        self.drafted *= _KEPT_TOKEN
         right = self._left > 0 and tokens[self._draft] == token
         if right:
             self._draft, self._left = self._draft + 1, self._left - 1
@@ -101,6 +115,7 @@ class _Play:
         """The next round, whose drafts begin there."""
         self.rounds += 1
         self._draft, self._left = (0, 0) if draft is None else (draft, level)
+        self.drafted += draft is not None
 
 
 class Modelled:
@@ -118,30 +133,32 @@ class Modelled:
         self._tested = _KEPT * self._tested + asked.tested
         self._right = _KEPT * self._right + asked.right
 
-    def tokens(self, level: int) -> float:
-        """As `LookedUp.tokens`."""
+    def gain(self, level: int) -> Gain:
+        """As `LookedUp.gain`."""
         if self._missed > _GAP:
-            return 1.0
+            return Gain(1.0, 1.0)
         right = (self._right + _WEIGHT * _MODELLED) / (self._tested + _WEIGHT)
-        return sum(right**i for i in range(level + 1))
+        return Gain(sum(right**i for i in range(level + 1)), 1.0)
 
 
 Record = LookedUp | Modelled
 
 
+def levels(most: int) -> tuple[int, ...]:
+    """The numbers of drafts that rounds have room for, 0 first."""
+    return (0, most // 2, most) if most > 1 else (0, most)
+
+
 class Drafting:
-    """Which of a few numbers of drafts the next dispatch asks about.
+    """Which level of drafts the next dispatch asks about.
 
     Args:
       most: drafts of a row, at most.
       model: whether a draft model makes them, which falls behind for good where it is not asked.
-
-    Attributes:
-      levels: the numbers there are programs for, 0 first.
     """
 
     def __init__(self, most: int, *, model: bool):
-        self.levels = (0, most // 2, most) if most > 1 else (0, most)
+        self.levels = levels(most)
         self._model = model
         self._times: dict[tuple[int, int], deque[float]] = {}
 
@@ -161,16 +178,32 @@ class Drafting:
         base = self._seconds(rows, 0)
         best, gain = 0, _GAIN
         for level in self.levels[1:]:
-            tokens = sum(record.tokens(level) for record in records) / max(len(records), 1)
-            if tokens * base / self._seconds(rows, level) > gain:
-                best, gain = level, tokens * base / self._seconds(rows, level)
+            gains = [record.gain(level) for record in records]
+            plain = math.prod(1 - gain.drafted for gain in gains)  # a round is, where no row has drafts
+            seconds = plain * base + (1 - plain) * self._seconds(rows, level)
+            tokens = statistics.fmean(gain.tokens for gain in gains)
+            if tokens * base / seconds > gain:
+                best, gain = level, tokens * base / seconds
         return best
 
-    def learn(self, rows: int, level: int, rounds: int, seconds: float) -> None:
-        """Takes in how long a dispatch took."""
-        if rounds:
-            times = self._times.setdefault((rows, level), deque(maxlen=_RECENT))
-            times.append(seconds / rounds)
+    def learn(self, rows: int, level: int, rounds: Sequence[int], seconds: float) -> None:
+        """Takes in how long a dispatch took.
+
+        Args:
+          rows: of its program.
+          level: that it asked for.
+          rounds: without drafts, and with some.
+          seconds: of all.
+        """
+        plain, drafted = rounds
+        if drafted and not self._times.get((rows, 0)):
+            return  # the two kinds cannot be told apart
+        if drafted:
+            base = self._seconds(rows, 0)
+            seconds = max(seconds - plain * base, drafted * base)
+        if plain or drafted:
+            times = self._times.setdefault((rows, level if drafted else 0), deque(maxlen=_RECENT))
+            times.append(seconds / (drafted or plain))
 
     def _seconds(self, rows: int, level: int) -> float:
         """Of a round; where none was timed, what is believed."""

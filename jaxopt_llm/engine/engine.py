@@ -237,9 +237,7 @@ class Engine:
           full: with every optional part, else without any.
           progress: called with (programs compiled, of all).
         """
-        shapes = inputs.shapes(
-            self._loop.sizes, prompt_tokens=prompt_tokens, rows=rows, full=full, drafts=self._loop.levels
-        )
+        shapes = inputs.shapes(self._loop.sizes, prompt_tokens=prompt_tokens, rows=rows, full=full)
         with self._lock:
             for done, shape in enumerate(shapes):
                 if progress:

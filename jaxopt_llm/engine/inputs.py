@@ -39,14 +39,12 @@ class Shape(NamedTuple):
       rows, tokens: B and T. Equal where every row decodes.
       steps: of decoding, at most; 1 where prompts may be in it.
       full: with every optional part.
-      drafts: of a row in a round, at most.
     """
 
     rows: int
     tokens: int
     steps: int
     full: bool
-    drafts: int = 0
 
 
 def shape(plans: Sequence[Plan], sizes: SchedulerConfig, *, full: bool) -> Shape:
@@ -64,7 +62,6 @@ def shapes(
     prompt_tokens: int | None = None,
     rows: int | None = None,
     full: bool,
-    drafts: Sequence[int] = (0,),
 ) -> list[Shape]:
     """Every shape that plans may take.
 
@@ -73,15 +70,13 @@ def shapes(
       prompt_tokens: only those of one prompt of this length; None for any prompts.
       rows: only those of so many requests that decode together; None for any number.
       full: as `Shape` has it.
-      drafts: of programs that decode.
     """
     most = sizes.max_tokens_per_step
     lengths = range(1, most + 1) if prompt_tokens is None else _chunks(prompt_tokens, most)
     counts = range(1, sizes.max_slots + 1) if rows is None else [rows]
     prefill = {Shape(sizes.max_slots, token_bucket(n, most), 1, full) for n in lengths}
     buckets = {row_bucket(n, sizes.max_slots) for n in counts}
-    levels = (0,) if full else drafts
-    return sorted(prefill | {Shape(n, n, sizes.decode_steps, full, most) for n in buckets for most in levels})
+    return sorted(prefill | {Shape(n, n, sizes.decode_steps, full) for n in buckets})
 
 
 def _chunks(tokens: int, most: int) -> list[int]:
@@ -113,6 +108,8 @@ def build(
     generations: Sequence[Generation],
     shape: Shape,
     widths: Widths,
+    *,
+    drafts: int = 0,
 ) -> Inputs:
     """The arrays of a plan.
 
@@ -121,6 +118,7 @@ def build(
       generations: one for each piece.
       shape: that it fits in.
       widths: of the engine.
+      drafts: of a row in a round, at most.
     """
     rows, total = shape.rows, shape.tokens
     pieces = plan.pieces
@@ -147,6 +145,7 @@ def build(
         page_table=plan.page_table[:, np.minimum(slots, widths.slots - 1)],
         limit=column([piece.limit for piece in pieces], 0),
         stop_ids=_stop_ids(generations, rows, widths.stops),
+        drafts=np.int32(drafts),
         sampling=RowSampling.stack(params, seeds),
         extras=_extras(pieces, generations, starts, total, rows, widths.vocab) if shape.full else None,
     )

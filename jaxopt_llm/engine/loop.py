@@ -27,6 +27,7 @@ class _Dispatch(NamedTuple):
     """A step on its way, and what it is for: a plan and a generation for each of its pieces, of every data shard."""
 
     shape: Shape
+    drafts: int
     sent: float
     out: Out
     plans: list[Plan | None]
@@ -57,11 +58,6 @@ class Loop:
         self._drafted = self._accepted = 0
         self._read_last = 0.0
         self._failure: BaseException | None = None
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """Drafts a row that there are programs for."""
-        return self._drafting.levels if self._drafting else (0,)
 
     @property
     def idle(self) -> bool:
@@ -160,27 +156,30 @@ class Loop:
         ]
         full = any(generation.full for generation in itertools.chain(*generations))
         shape = inputs.shape([plan for plan in plans if plan], sizes, full=full)
+        drafts = 0
         if self._drafting and shape.steps > 1 and not full:
             records = [self._records[generation.request.id] for generation in itertools.chain(*generations)]
-            shape = shape._replace(drafts=self._drafting.level(records, shape.rows))
+            drafts = self._drafting.level(records, shape.rows)
         batches = [
-            inputs.build(plan or _nothing(self._schedulers[i]), generations[i], shape, self._widths)
+            inputs.build(
+                plan or _nothing(self._schedulers[i]), generations[i], shape, self._widths, drafts=drafts
+            )
             for i, plan in enumerate(plans)
         ]
         out = self._run(batches, shape)
-        return _Dispatch(shape, time.perf_counter(), out, plans, generations)
+        return _Dispatch(shape, drafts, time.perf_counter(), out, plans, generations)
 
     def _run(self, batches: Sequence[Inputs], shape: Shape) -> Out:
         self._shapes.add(shape)
-        return self._runner.run(batches, steps=shape.steps, full=shape.full, drafts=shape.drafts)
+        return self._runner.run(batches, steps=shape.steps, full=shape.full)
 
     def _learn(self, dispatch: _Dispatch, outs: Sequence[Out], now: float) -> None:
         """How long a dispatch took since it was sent or the one before it was over, and how many drafts were right."""
         seconds, self._read_last = now - max(dispatch.sent, self._read_last), now
-        shape = dispatch.shape
-        if self._drafting is None or shape.full or outs[0].rounds is None:
+        rounds = [out.rounds.tolist() for out in outs if out.rounds is not None]
+        if self._drafting is None or dispatch.shape.full or not rounds:
             return
-        self._drafting.learn(shape.rows, shape.drafts, max(int(out.rounds or 0) for out in outs), seconds)
+        self._drafting.learn(dispatch.shape.rows, dispatch.drafts, max(rounds, key=sum), seconds)
         for out in outs:
             if out.tally:
                 self._drafted += int(out.tally.drafted.sum())
@@ -205,7 +204,7 @@ class Loop:
                 generation.take_prompt(piece, out, start)
                 tokens.append(generation.take_tokens(piece, out.sampled, row, now))
                 if record := self._records.get(piece.request.id):
-                    record.take(tokens[-1], _asked(out, dispatch.shape, row))
+                    record.take(tokens[-1], _asked(out, dispatch.drafts, row))
                 if generation.error:  # it has no tokens to go on from
                     self.close(generation)
             scheduler.complete(plan, tokens)
@@ -219,11 +218,11 @@ def _nothing(scheduler: Scheduler) -> Plan:
     return Plan(pieces=(), steps=1, page_table=scheduler.page_table)
 
 
-def _asked(out: Out, shape: Shape, row: int) -> Asked | None:
+def _asked(out: Out, drafts: int, row: int) -> Asked | None:
     if out.rounds is None:
         return None
     tested, right = (int(out.tally.tested[row]), int(out.tally.accepted[row])) if out.tally else (0, 0)
-    return Asked(drafts=shape.drafts, tested=tested, right=right)
+    return Asked(drafts=drafts, tested=tested, right=right)
 
 
 def _sum(parts: Sequence[Metrics]) -> Metrics:

@@ -61,6 +61,7 @@ class Inputs:
       page_table: `[G, B, P]`.
       limit: `[B]`, tokens that may come of each row: 0 where its prompt goes on, 1, or as many as the dispatch's steps.
       stop_ids: `[B, S]`, tokens that end a row, padded with -1.
+      drafts: of a row in a round, at most: one of the speculation's levels.
       sampling: settings.
       extras: what only the full program reads, else None.
     """
@@ -75,6 +76,7 @@ class Inputs:
     page_table: Int32[Any, "G B P"]
     limit: Int32[Any, "B"]
     stop_ids: Int32[Any, "B S"]
+    drafts: Int32[Any, ""]
     sampling: RowSampling
     extras: "Extras | None" = None
 
@@ -131,7 +133,7 @@ class Out:
       target_logprob: `[T]`, of `Extras.targets`.
       best: `[T]`, the likeliest token after each position whose target is wanted.
       hidden: `[T, D]`, after the final norm.
-      rounds: of decoding.
+      rounds: of decoding, those without drafts and those with some.
       tally: how drafts did in it.
     """
 
@@ -139,7 +141,7 @@ class Out:
     target_logprob: Float[Any, "*n T"] | None = None
     best: Int32[Any, "*n T"] | None = None
     hidden: Float[Any, "*n T D"] | None = None
-    rounds: Int32[Any, "*n"] | None = None
+    rounds: Int32[Any, "*n 2"] | None = None
     tally: Tally | None = None
 
 
@@ -153,7 +155,6 @@ class Program:
       full: with every optional part.
       processors: functions `(logits [B, V], last tokens [B], positions [B]) -> logits`, before sampling.
       speculation: where drafts come from, or None.
-      drafts: of a row in a round, at most.
       mesh: of data and tensor axes, or None for one device.
     """
 
@@ -162,5 +163,4 @@ class Program:
     full: bool
     processors: tuple[Processor, ...] = ()
     speculation: Speculation | None = None
-    drafts: int = 0
     mesh: Mesh | None = None

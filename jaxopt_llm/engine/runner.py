@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxopt_llm.engine.config import EngineConfig
+from jaxopt_llm.engine.drafting import levels
 from jaxopt_llm.engine.layout import empty_counts, empty_state, on_each
 from jaxopt_llm.engine.placed import Placed, engine_mesh, platform_of
 from jaxopt_llm.engine.program import Inputs, Out, Processor, Program
@@ -47,7 +48,7 @@ class Runner:
     ):
         self._model_config, self._sizes = model.config, config.scheduler(model.config)
         self._mesh = engine_mesh(model)
-        speculation = _speculation(model.config) if draft or config.prompt_lookup else None
+        speculation = _speculation(model.config, config) if draft or config.prompt_lookup else None
         if draft is not None and speculation is not None:
             _check_draft(draft.config, model.config, speculation)
             if engine_mesh(draft) != self._mesh:
@@ -99,17 +100,17 @@ class Runner:
             for leaf in jax.tree.leaves(pages)
         )
 
-    def run(self, batches: Sequence[Inputs], *, steps: int, full: bool, drafts: int = 0) -> Out:
+    def run(self, batches: Sequence[Inputs], *, steps: int, full: bool) -> Out:
         """One dispatch.
 
         Args:
           batches: of equal shapes, one for each data shard.
-          steps, full, drafts: as `Program` has them.
+          steps, full: as `Program` has them.
 
         Returns:
           what it gives, for `read`; not waited for.
         """
-        program = dataclasses.replace(self._program, steps=steps, full=full, drafts=drafts)
+        program = dataclasses.replace(self._program, steps=steps, full=full)
         state = self._state
         if full:
             seen, counts = self._no_counts() if self._counts[0] is None else self._counts
@@ -144,11 +145,11 @@ class Runner:
         return jax.device_put(make(), *self._weights.leaves[0].devices())
 
 
-def _speculation(model: ModelConfig) -> Speculation:
+def _speculation(model: ModelConfig, config: EngineConfig) -> Speculation:
     windows = model.window_kinds
     reach = [window or model.max_seq_len for window in windows]
     kind = reach.index(max(reach))
-    return Speculation(kind=kind, window=windows[kind])
+    return Speculation(kind=kind, window=windows[kind], levels=levels(config.draft_tokens))
 
 
 def _check_draft(draft: ModelConfig, model: ModelConfig, speculation: Speculation) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Bool, Int32, Shaped
 
 from jaxopt_llm.engine.drafting import LONGEST, SHORTEST
 from jaxopt_llm.engine.sampling import RowSampling, sample
@@ -31,11 +31,13 @@ class Speculation:
     Attributes:
       kind: of the page tables, the one that reaches back furthest.
       window: how far that is, None for all.
+      levels: numbers of drafts that a round has room for, 0 first.
       draft: a smaller model of the same vocabulary; None to look where the latest tokens stood before (prompt lookup).
     """
 
     kind: int
     window: int | None
+    levels: tuple[int, ...]
     draft: Skeleton | None = None
 
 
@@ -85,6 +87,20 @@ class Drafts:
 
     tokens: Int32[Array, "B M"]
     count: Int32[Array, "B"]
+
+    @classmethod
+    def none(cls, rows: "Rows", most: int) -> Self:
+        zeros = jnp.zeros_like(rows.tokens)
+        return cls(tokens=jnp.zeros((len(zeros), most), jnp.int32), count=zeros)
+
+    def cut(self, most: int) -> Self:
+        """With room for so many, which suffices where no row has more."""
+        return dataclasses.replace(self, tokens=self.tokens[:, :most])
+
+    @property
+    def any(self) -> Bool[Array, ""]:
+        """Whether any row has some."""
+        return jnp.any(self.count > 0)
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +155,9 @@ def _tables(draft: Transformer, page_table: Int32[Array, "B P"]) -> Int32[Array,
     return jnp.stack([page_table] * len(draft.config.window_kinds))
 
 
-def look_up(spec: Speculation, ids: Int32[Array, "pages page_size"], rows: Rows, most: int) -> Drafts:
+def look_up(
+    spec: Speculation, ids: Int32[Array, "pages page_size"], rows: Rows, most: Int32[Array, ""]
+) -> Drafts:
     """What followed where the latest tokens stood before; of several places the longest match, then the latest.
 
     As `prompt_lookup_num_tokens` of transformers.
@@ -148,7 +166,7 @@ def look_up(spec: Speculation, ids: Int32[Array, "pages page_size"], rows: Rows,
       spec: of the engine.
       ids: tokens in pages.
       rows: as they stand.
-      most: M.
+      most: drafts of a row.
     """
     known = ids[rows.page_table].reshape(len(rows.left), -1)
     at = rows.positions[:, None]
@@ -166,19 +184,19 @@ def look_up(spec: Speculation, ids: Int32[Array, "pages page_size"], rows: Rows,
     long = jnp.take_along_axis(length, best, axis=1)[:, 0] >= SHORTEST
     # Where the match ends at the latest token itself, the tokens repeat: so do the drafts.
     period = jnp.maximum(at - best, 1)
-    tokens = jnp.take_along_axis(known, best + 1 + jnp.arange(most)[None, :] % period, axis=1)
+    tokens = jnp.take_along_axis(known, best + 1 + jnp.arange(spec.levels[-1])[None, :] % period, axis=1)
     return Drafts(tokens=tokens, count=jnp.where(long, _room(rows, most), 0))
 
 
 def ask(
-    spec: Speculation, memory: Memory, draft: Transformer, rows: Rows, most: int
+    spec: Speculation, memory: Memory, draft: Transformer, rows: Rows, most: Int32[Array, ""]
 ) -> tuple[Drafts, Memory]:
     """The draft model's own next tokens, and its memory: it has taken in the latest token and these.
 
     Args:
       spec, memory, draft: of the engine.
       rows: as they stand.
-      most: M.
+      most: drafts of a row; of none, it takes in nothing.
     """
     count = _room(rows, most)
 
@@ -191,13 +209,14 @@ def ask(
         latest = sample(draft.logits(hidden), rows.sampling, positions)
         return tokens.at[:, step].set(latest, mode="drop"), latest, cache
 
-    tokens = jnp.zeros((len(count), most), jnp.int32)
+    tokens = jnp.zeros((len(count), spec.levels[-1]), jnp.int32)
     # One step more than there are drafts: the last one's keys and values are wanted if it is accepted.
-    tokens, _, cache = jax.lax.fori_loop(0, most + 1, once, (tokens, rows.tokens, memory.cache))
+    steps = jnp.where((most > 0) & jnp.any(rows.left > 0), jnp.max(count) + 1, 0)
+    tokens, _, cache = jax.lax.fori_loop(0, steps, once, (tokens, rows.tokens, memory.cache))
     return Drafts(tokens=tokens, count=count), dataclasses.replace(memory, cache=cache)
 
 
-def _room(rows: Rows, most: int) -> Int32[Array, "B"]:
+def _room(rows: Rows, most: Int32[Array, ""]) -> Int32[Array, "B"]:
     """A round gives one token more than drafts that are right."""
     return jnp.clip(rows.left - 1, 0, most)
 
@@ -220,15 +239,15 @@ class Layout:
     start: Int32[Array, "B1"]
 
     @classmethod
-    def of(cls, rows: Rows, drafts: Drafts, most: int) -> Self:
+    def of(cls, rows: Rows, drafts: Drafts) -> Self:
         """Each row's latest token, and behind it its drafts."""
-        size = len(rows.left)
+        size, room = drafts.tokens.shape
         start = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(1 + drafts.count).astype(jnp.int32)])
-        place = jnp.arange(size * (1 + most), dtype=jnp.int32)
+        place = jnp.arange(size * (1 + room), dtype=jnp.int32)
         row = jnp.searchsorted(start[1:], place, side="right").astype(jnp.int32)
         own = jnp.minimum(row, size - 1)
         offset = place - start[own]
-        drafted = drafts.tokens[own, jnp.clip(offset - 1, 0, drafts.tokens.shape[1] - 1)]
+        drafted = drafts.tokens[own, jnp.clip(offset - 1, 0, room - 1)]
         through = (row == size) | (rows.left[own] == 0)
         return cls(
             tokens=jnp.where(offset == 0, rows.tokens[own], drafted),
@@ -244,10 +263,10 @@ class Layout:
         own = jnp.where(rows.left > 0, each[:-1], each[-1])
         return cls(tokens=rows.tokens, rows=own, offset=jnp.zeros_like(own), start=each)
 
-    def by_row(self, values: Shaped[Array, "T ..."], most: int) -> Shaped[Array, "M1 B ..."]:
+    def by_row(self, values: Shaped[Array, "T ..."], room: int) -> Shaped[Array, "M1 B ..."]:
         """What belongs to each row's latest token, then to its drafts; behind them others'."""
-        place = self.start[None, :-1] + jnp.arange(most + 1)[:, None]
-        return values[jnp.minimum(place, len(values) - 1)] if most else values[None]
+        place = self.start[None, :-1] + jnp.arange(room + 1)[:, None]
+        return values[jnp.minimum(place, len(values) - 1)] if room else values[None]
 
 
 def accepted(sampled: Int32[Array, "M1 B"], drafts: Drafts) -> Int32[Array, "B"]:

@@ -9,7 +9,7 @@ import scipy.stats
 
 import jaxopt_llm as jo
 from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams, drafting, speculative
-from jaxopt_llm.engine.drafting import Drafting
+from jaxopt_llm.engine.drafting import Drafting, Gain
 from jaxopt_llm.engine.sampling import RowSampling
 from jaxopt_llm.engine.speculative import Drafts, Layout, Rows, Speculation, Tally
 from jaxopt_llm.models import place, weights, with_weights
@@ -177,7 +177,7 @@ def found_in(sequence, most, window):
 @pytest.mark.parametrize("window", [None, 10])
 def test_lookup_finds_what_its_definition_says(window):
     rng = np.random.default_rng(0)
-    spec = Speculation(kind=0, window=window)
+    spec = Speculation(kind=0, window=window, levels=(0, 2, 5))
     found = 0
     for _ in range(60):
         lengths = rng.integers(1, 30, 3)
@@ -188,7 +188,7 @@ def test_lookup_finds_what_its_definition_says(window):
             for at, token in enumerate(sequence[:-1]):
                 ids[table[at // 4], at % 4] = token
         rows = rows_of([s[-1] for s in sequences], lengths - 1, [9] * 3, pages)
-        drafts = speculative.look_up(spec, jnp.asarray(ids), rows, 5)
+        drafts = speculative.look_up(spec, jnp.asarray(ids), rows, jnp.int32(5))
         for row, sequence in enumerate(sequences):
             length, tokens = found_in(sequence, 5, window)
             assert int(drafts.count[row]) == (5 if length else 0)
@@ -203,7 +203,7 @@ def test_drafts_lie_behind_their_row_and_are_accepted_up_to_the_first_wrong_one(
     tokens = jnp.asarray([[11, 12, 13], [21, 22, 23], [31, 32, 33]], jnp.int32)
     count = jnp.asarray([3, 0, 1], jnp.int32)
     drafts = Drafts(tokens=tokens, count=count)
-    layout = Layout.of(rows, drafts, 3)
+    layout = Layout.of(rows, drafts)
     assert layout.tokens[:7].tolist() == [10, 11, 12, 13, 20, 30, 31]
     assert layout.rows.tolist() == [0, 0, 0, 0, 3, 2, 2, *[3] * 5], "one that is through is padding"
     assert layout.start.tolist() == [0, 4, 5, 7]
@@ -230,7 +230,7 @@ def test_host_plays_the_rounds_that_lookup_would_have_made(monkeypatch, level):
         record = drafting.LookedUp(prompt, [level])
         for part in (text[:7], text[7:8], text[8:]):
             record.take(part, None)
-        at, rounds = 0, 0
+        at = rounds = drafted = 0
         drafts: list[int] = []  # of the first token none, as before it nothing was decoded
         while at < len(text):
             right = 0
@@ -238,32 +238,35 @@ def test_host_plays_the_rounds_that_lookup_would_have_made(monkeypatch, level):
                 right += 1
             at, rounds = at + right + 1, rounds + (at + right < len(text))  # the last may not be over
             drafts = found_in(prompt + text[:at], level, None)[1] or []
-        assert record.tokens(level) == pytest.approx(len(text) / rounds)
+            drafted += bool(drafts) and at <= len(text)
+        assert record.gain(level) == pytest.approx((len(text) / rounds, drafted / rounds))
         shorter += rounds < len(text)
     assert shorter > 15
 
 
 @pytest.mark.parametrize(
-    ("tokens", "seconds", "level"),
+    ("gains", "seconds", "level"),
     [
-        ({3: 3.9, 7: 7.2}, (1, 1.2, 1.4), 7),
-        ({3: 3.9, 7: 7.2}, (1, 1.2, 5.0), 3),
-        ({3: 3.9, 7: 7.2}, (1, 4.0, 8.0), 0),
-        ({3: 1.2, 7: 1.3}, (1, 1.2, 1.4), 0),
-        ({3: 1.0, 7: 1.0}, (1, 1.0, 1.0), 0),
+        ({3: Gain(3.9, 1.0), 7: Gain(7.2, 1.0)}, (1, 1.2, 1.4), 7),
+        ({3: Gain(3.9, 1.0), 7: Gain(7.2, 1.0)}, (1, 1.2, 5.0), 3),
+        ({3: Gain(3.9, 1.0), 7: Gain(7.2, 1.0)}, (1, 4.0, 8.0), 0),
+        ({3: Gain(1.2, 1.0), 7: Gain(1.3, 1.0)}, (1, 1.3, 1.4), 0),
+        ({3: Gain(1.2, 0.1), 7: Gain(1.3, 0.1)}, (1, 2.5, 3.9), 3),
+        ({3: Gain(1.0, 0.0), 7: Gain(1.0, 0.0)}, (1, 1.0, 1.0), 0),
     ],
 )
-def test_as_many_drafts_as_pay(monkeypatch, tokens, seconds, level):
+def test_as_many_drafts_as_pay(monkeypatch, gains, seconds, level):
     monkeypatch.undo()
     chooser = Drafting(7, model=False)
     record = chooser.record([])
-    record.tokens = tokens.get
+    record.gain = gains.get
     assert chooser.level([record], 1) == 0, "what rounds take is not known"
     for each, time in zip(chooser.levels, seconds, strict=True):
         for noise in (0.98, 1.02, 1.0, 9.0, 1.01):
-            chooser.learn(1, each, 4, 4 * time * noise)
+            chooser.learn(1, each, (2, 3) if each else (5, 0), (2 + 3 * time if each else 5) * noise)
     assert chooser.level([record], 1) == level
-    assert chooser.level([record, chooser.record([])], 1) in (0, level), "one that gains nothing counts too"
+    shared = chooser.level([record, *[chooser.record([]) for _ in range(30)]], 1)
+    assert shared == 0, "those that gain nothing count too"
 
 
 def test_a_draft_model_that_does_not_pay_is_asked_no_more(monkeypatch):
