@@ -163,6 +163,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes[2].set(ylabel="s", title=f"Continuous batching: {batching['ratio']:.2f} x ideal")
     for axis in axes:
         axis.set_ylim(bottom=0)
+        axis.minorticks_off()
     figure.savefig(path, dpi=110)
 
 

@@ -173,11 +173,17 @@ class Scheduler:
 
     @property
     def steps(self) -> int:
-        """How many steps the next dispatch may take: 1, unless all that run just decode and have the pages to go on."""
-        several = self.config.decode_steps
+        """How many steps the next dispatch may take: 1, unless all that run just decode and have the pages to go on.
+
+        While others wait, no more than until a slot is free for them.
+        """
         ready = [request for request in self._running if request.left]
-        if self._waiting or not all(request.decoding and not request.stepwise for request in ready):
+        if not ready or not all(request.decoding and not request.stepwise for request in ready):
             return 1
+        several = self.config.decode_steps
+        if self._waiting:
+            soon = self._slots or self._leaving or len(ready) < len(self._running)
+            several = 1 if soon else min(several, *(request.left for request in ready))
         ends = [(_slot(request), request.computed + min(several, request.left)) for request in ready]
         lacking = sum(self._tables.lacks(slot, end) for slot, end in ends)
         return several if lacking <= self._tables.available else 1

@@ -211,10 +211,13 @@ class Loop:
         config = self.config
         assert sum(piece.length for piece in plan.pieces) <= config.max_tokens_per_step
         assert len({piece.slot for piece in plan.pieces}) == len(plan.pieces)
-        assert plan.steps in (1, config.decode_steps)
-        assert plan.steps == 1 or (
-            all(piece.decodes for piece in plan.pieces) and not self.scheduler._waiting
-        )
+        assert 1 <= plan.steps <= config.decode_steps
+        assert plan.steps == 1 or all(piece.decodes for piece in plan.pieces)
+        if self.scheduler._waiting and plan.steps > 1:
+            assert not self.scheduler._slots, "one that waits could run"
+            assert {piece.limit for piece in plan.pieces} == {plan.steps}, "a slot would stand empty"
+        elif plan.steps > 1:
+            assert plan.steps == config.decode_steps
         decodes = [piece.decodes for piece in plan.pieces]
         assert decodes == sorted(decodes, reverse=True), "decodes come first"
         for piece in plan.pieces:

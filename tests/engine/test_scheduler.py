@@ -136,11 +136,26 @@ def test_low_slots_are_used_first():
     assert [piece.slot for piece in loop.step().pieces] == [2, 0, 1]
 
 
-def test_one_step_at_a_time_while_one_waits():
-    loop = Loop(max_slots=1, decode_steps=4)
-    loop.add(prompt_of(3), 6)
+def test_steps_end_where_a_slot_is_free_for_one_that_waits():
+    loop = Loop(max_slots=2, decode_steps=4)
+    for length in (7, 30):
+        loop.add(prompt_of(3, length), length)
+    assert loop.step().steps == 1
+    other = loop.add(prompt_of(3), 9)
+    assert [shape(loop.step()) for _ in range(2)] == [
+        [(0, 3, 1, 4), (1, 3, 1, 4)],
+        [(0, 7, 1, 2), (1, 7, 1, 2)],
+    ]
+    plan = loop.step()
+    assert plan.steps == 1 and other in [piece.request for piece in plan.pieces]
+    loop.drain()
+
+
+def test_one_step_at_a_time_while_one_waits_for_pages():
+    loop = Loop(max_slots=2, decode_steps=4, page_size=4, num_pages=(4,), max_seq_len=16)
+    loop.add(prompt_of(3), 9)
     loop.step()
-    other = loop.add(prompt_of(3), 1)
+    other = loop.add(prompt_of(15, 1), 1)
     assert loop.step().steps == 1
     loop.cancel(other)
     assert loop.step().steps == 4
