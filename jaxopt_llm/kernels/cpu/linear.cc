@@ -16,7 +16,9 @@ namespace ffi = xla::ffi;
 
 constexpr size_t kRoundAlone = 1 << 14;     // activations that are not worth a second thread
 constexpr size_t kMultiplyAlone = 1 << 16;  // multiplications likewise
-constexpr size_t kChunkBytes = 1 << 15;     // weights that a thread takes at once
+constexpr size_t kChunkBytes = 1 << 15;     // weights that a thread takes at once, at least
+constexpr size_t kStretchBytes = 1 << 18;   // and at most, for few rows: a longer stretch is read no faster
+constexpr size_t kChunksOfThread = 8;       // of such stretches, for threads to end together
 constexpr size_t kChunkInputs = 1 << 19;    // activations that its second-level cache has room for
 
 constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -97,11 +99,18 @@ void prepare(const LinearKernels& kernels, const LinearArgs& all, std::vector<Pa
         [&](const Part& part, size_t stripe) { kernels.prepare(part.args, part.tiles, stripe); });
 }
 
+// Few rows wait for their weights, and each chunk begins with none of them on the way.
+size_t chunk_bytes(const LinearKernels& kernels, const LinearArgs& args) {
+  if (args.rows > kernels.stripe) return kChunkBytes;
+  const size_t fair = args.panels * kLanes * args.inputs * args.bits / 8 / (kChunksOfThread * num_threads());
+  return std::clamp(fair, kChunkBytes, kStretchBytes);
+}
+
 // Chunks are a few groups of outputs by many rows: their weights stay in cache while the rows pass.
 void multiply(const LinearKernels& kernels, const LinearArgs& all, std::vector<Part>& parts) {
   const size_t groups = all.panels / all.panels_per_group();
   const size_t tile_bytes = kMostPanels * kLanes * all.inputs * all.bits / 8;
-  const size_t width = (kChunkBytes / tile_bytes + 1) * kMostPanels / all.panels_per_group();
+  const size_t width = (chunk_bytes(kernels, all) / tile_bytes + 1) * kMostPanels / all.panels_per_group();
   const size_t height = kChunkInputs / (kernels.stripe * all.inputs * all.x_bytes) + 1;
   const auto stripes = [&](const Part& part) { return ceil_div(part.args.rows, kernels.stripe); };
   const auto down = [&](const Part& part) { return ceil_div(stripes(part), height); };

@@ -12,7 +12,7 @@
 namespace {
 namespace simd {
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+JAXOPT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 constexpr const char* kName = "avx2";
 constexpr size_t kTileRows[] = {4, 2, 1};

@@ -14,8 +14,9 @@
 namespace {
 namespace simd {
 
-// Into the second level: the first has too few lines to wait for memory with.
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+// Into the second level: the first has too few lines to wait for memory with. Inlined, as GCC drops calls of a function
+// that only prefetches: they have no effect.
+JAXOPT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 constexpr const char* kName = "avx512_vnni";
 
