@@ -16,25 +16,22 @@ namespace ffi = xla::ffi;
 
 constexpr size_t kRoundAlone = 1 << 14;     // activations that are not worth a second thread
 constexpr size_t kMultiplyAlone = 1 << 16;  // multiplications likewise
-constexpr size_t kChunkBytes = 1 << 15;     // weights that a thread takes at once
+constexpr size_t kChunkBytes = 1 << 15;     // weights that a thread takes at once, at least
+constexpr size_t kStretchBytes = 1 << 18;   // and at most, for few rows: a longer stretch is read no faster
+constexpr size_t kChunksOfThread = 8;       // of such stretches, for threads to end together
 constexpr size_t kChunkInputs = 1 << 19;    // activations that its second-level cache has room for
 
 constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 Tiles make_tiles(const LinearArgs& args) {
   thread_local Scratch scratch;
-  const size_t values = args.rows * args.inputs, blocks = args.rows * args.blocks();
-  char* memory = scratch.reserve(values * (args.round ? 1 : sizeof(float)) + 3 * blocks * sizeof(float));
-  Tiles tiles{};
+  const size_t blocks = args.rows * args.blocks(), words = (2 + kDigitsOfFloat) * blocks;
+  char* memory = scratch.reserve(words * sizeof(float) + args.rows * args.inputs * args.x_bytes);
+  Tiles tiles;
   tiles.scale = reinterpret_cast<float*>(memory);
   tiles.sum = tiles.scale + blocks;
   tiles.start = reinterpret_cast<int32_t*>(tiles.sum + blocks);
-  char* rest = memory + 3 * blocks * sizeof(float);
-  if (args.round) {
-    tiles.codes = reinterpret_cast<int8_t*>(rest);
-  } else {
-    tiles.values = reinterpret_cast<float*>(rest);
-  }
+  tiles.x = memory + words * sizeof(float);
   return tiles;
 }
 
@@ -60,11 +57,10 @@ struct Part {
     args.scale = advanced(all.scale, panels * all.scales * kLanes);
     args.minimum = advanced(all.minimum, panels * all.scales * kLanes);
     if (args.bias != nullptr) args.bias += panels * kLanes;
-    if (args.round) tiles.codes += first * all.inputs;
-    else tiles.values += first * all.inputs;
+    tiles.x += first * all.inputs * all.x_bytes;
     tiles.scale += block;
     tiles.sum += block;
-    tiles.start += block;
+    tiles.start += block * kDigitsOfFloat;
   }
 };
 
@@ -103,12 +99,19 @@ void prepare(const LinearKernels& kernels, const LinearArgs& all, std::vector<Pa
         [&](const Part& part, size_t stripe) { kernels.prepare(part.args, part.tiles, stripe); });
 }
 
+// Few rows wait for their weights, and each chunk begins with none of them on the way.
+size_t chunk_bytes(const LinearKernels& kernels, const LinearArgs& args) {
+  if (args.rows > kernels.stripe) return kChunkBytes;
+  const size_t fair = args.panels * kLanes * args.inputs * args.bits / 8 / (kChunksOfThread * num_threads());
+  return std::clamp(fair, kChunkBytes, kStretchBytes);
+}
+
 // Chunks are a few groups of outputs by many rows: their weights stay in cache while the rows pass.
 void multiply(const LinearKernels& kernels, const LinearArgs& all, std::vector<Part>& parts) {
   const size_t groups = all.panels / all.panels_per_group();
   const size_t tile_bytes = kMostPanels * kLanes * all.inputs * all.bits / 8;
-  const size_t width = (kChunkBytes / tile_bytes + 1) * kMostPanels / all.panels_per_group();
-  const size_t height = kChunkInputs / (kernels.stripe * all.inputs * (all.round ? 1 : sizeof(float))) + 1;
+  const size_t width = (chunk_bytes(kernels, all) / tile_bytes + 1) * kMostPanels / all.panels_per_group();
+  const size_t height = kChunkInputs / (kernels.stripe * all.inputs * all.x_bytes) + 1;
   const auto stripes = [&](const Part& part) { return ceil_div(part.args.rows, kernels.stripe); };
   const auto down = [&](const Part& part) { return ceil_div(stripes(part), height); };
   size_t count = 0;
@@ -144,6 +147,7 @@ const float* optional(const ffi::Buffer<ffi::F32>& buffer) {
 ffi::Error linear(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
                   ffi::Buffer<ffi::F32> bias, ffi::Buffer<ffi::F32> gain, ffi::Buffer<ffi::S32> sizes,
                   ffi::ResultBuffer<ffi::F32> y, float eps, int32_t bits, bool round, int32_t gate) try {
+  const LinearKernels& kernels = jaxopt::kernels().linear;
   LinearArgs args{};
   args.x = x.typed_data();
   args.rows = x.dimensions()[0];
@@ -158,12 +162,12 @@ ffi::Error linear(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyB
   args.scales = shape[shape.size() - 2];
   args.bits = bits;
   args.round = round;
+  args.x_bytes = round ? 1 : kernels.float_bytes;
   args.bias = optional(bias);
   args.gate = static_cast<Gate>(gate);
   args.y = y->typed_data();
   args.outputs = y->dimensions()[1];
 
-  const LinearKernels& kernels = jaxopt::kernels().linear;
   std::vector<Part> parts = parts_of(args, make_tiles(args), sizes.typed_data(), sizes.element_count());
   prepare(kernels, args, parts);
   multiply(kernels, args, parts);

@@ -4,7 +4,8 @@
 // Within a panel, a block is 32 inputs: `[panel][block][vector][16 outputs][4 inputs]`. Bytes are codes + 128. A byte of
 // nibbles holds the codes of inputs 8k + j (low) and 8k + 4 + j (high), of 8 vectors' worth in 4.
 //
-// Rows of activations come in tiles of a few rows: `[block][row][32 inputs]`.
+// Rows of activations come in tiles of a few rows: `[block][row][32 inputs]`. Where activations are not rounded, an
+// instruction set with fast integer dots has three of those to a row, the digits of its fixed-point numbers.
 //
 // A row's arithmetic is the same in a tile of any height, and no sum is split, so its bits depend on nothing beside it.
 #pragma once
@@ -39,6 +40,7 @@ struct LinearArgs {
   size_t panels, scales;
   int bits;               // 8 or 4
   bool round;             // activations to 8 bits, in blocks
+  size_t x_bytes;         // of an activation in its tile
 
   const float* bias;  // [panels, 16] or null
   Gate gate;          // with one, panels alternate between gate and up
@@ -51,13 +53,15 @@ struct LinearArgs {
   int32_t nibble_zero() const { return minimum.data == nullptr ? 8 : 0; }
 };
 
-// Activations ready for the product, tile after tile; a tile starts at its first row's place.
+constexpr size_t kDigitsOfFloat = 3;
+
+// Activations ready for the product, tile after tile; a tile starts at its first row's place. A run is the blocks whose
+// products are summed before a scale takes part: one block, or with digits as many as share a scale of the weights.
 struct Tiles {
-  int8_t* codes;   // [rows * inputs], rounded
-  float* values;   // the same, not rounded; the other is null
-  float* scale;    // [rows * blocks]
-  float* sum;      // [rows * blocks] of the values that the product sees
-  int32_t* start;  // [rows * blocks]: where the integer sum starts, to end without the codes' offsets
+  char* x;         // [rows * inputs]
+  float* scale;    // [rows * runs]
+  float* sum;      // [rows * runs] of the values that the product sees
+  int32_t* start;  // [rows * runs * digits]: where the integer sum starts, to end without the codes' offsets
 };
 
 // The part that is compiled for each instruction set. Rows are handed out in stripes of so many (the last may have
@@ -65,6 +69,7 @@ struct Tiles {
 // null where weights are bytes.
 struct LinearKernels {
   size_t stripe;
+  size_t float_bytes;  // `x_bytes` where activations are not rounded
   void (*prepare)(const LinearArgs&, const Tiles&, size_t stripe);
   void (*multiply)(const LinearArgs&, const Tiles&, size_t first_group, size_t last_group, size_t first_stripe,
                    size_t last_stripe, uint8_t* unpacked);

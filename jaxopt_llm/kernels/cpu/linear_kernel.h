@@ -9,6 +9,7 @@ using jaxopt::Floats;
 using jaxopt::FloatType;
 using jaxopt::Gate;
 using jaxopt::kBlock;
+using jaxopt::kDigitsOfFloat;
 using jaxopt::kLanes;
 using jaxopt::kMostPanels;
 using jaxopt::LinearArgs;
@@ -53,25 +54,27 @@ inline void for_each_tile(const LinearArgs& args, size_t stripe, Use use) {
 
 // ---- activations ----------------------------------------------------------------------------------------------------
 
-// Where a row goes in its tile: a block of it follows the same block of the row before.
+// Where a row goes in its tile: a run of it follows the same run of the row before.
 struct TileRow {
-  int8_t* codes;
-  float* values;
+  char* x;
   float* scale;
   float* sum;
   int32_t* start;
   size_t height;
+  size_t block_bytes;
   int32_t zero;  // what the product sees in place of the code 0
 
-  TileRow(const LinearArgs& args, const Tiles& tiles, size_t base, size_t row, size_t height) : height(height) {
-    const size_t first = base * args.inputs + row * kBlock, first_block = base * args.blocks() + row;
-    codes = tiles.codes + first;
-    values = tiles.values + first;
-    scale = tiles.scale + first_block;
-    sum = tiles.sum + first_block;
-    start = tiles.start + first_block;
+  TileRow(const LinearArgs& args, const Tiles& tiles, size_t base, size_t row, size_t height)
+      : height(height), block_bytes(kBlock * args.x_bytes) {
+    const size_t first = base * args.blocks() + row;
+    x = tiles.x + first * block_bytes;
+    scale = tiles.scale + first;
+    sum = tiles.sum + first;
+    start = tiles.start + base * args.blocks() * kDigitsOfFloat + row;
     zero = args.bits == 8 ? simd::kByteZero : args.nibble_zero();
   }
+
+  char* block(size_t index) const { return x + index * height * block_bytes; }
 };
 
 // A row of activations, through the norm if there is one.
@@ -103,7 +106,7 @@ JAXOPT_INLINE void round_blocks(const InputRow<kNorm>& from, const TileRow& to, 
   float scale[kLanes] = {}, step[kLanes], inverse[kLanes];
   for (size_t i = 0; i < count; ++i) {
     const size_t at = (first + i) * kBlock;
-    scale[i] = simd::max_magnitude(from.at(at), from.at(at + kLanes));
+    scale[i] = simd::reduce_magnitudes(simd::max_magnitude(from.at(at), from.at(at + kLanes)));
   }
   const F32 scales = simd::div(simd::load(scale), simd::broadcast(127.0f));
   const F32 steps = simd::max(scales, simd::broadcast(kSmallest));  // a block of zeros has zeros for codes
@@ -115,8 +118,9 @@ JAXOPT_INLINE void round_blocks(const InputRow<kNorm>& from, const TileRow& to, 
     const F32 divisor = simd::broadcast(step[i]), factor = simd::broadcast(inverse[i]);
     const I32 a = simd::clip(simd::round(simd::divide(from.at(at), divisor, factor)), 127);
     const I32 b = simd::clip(simd::round(simd::divide(from.at(at + kLanes), divisor, factor)), 127);
-    simd::store_bytes(to.codes + block * kBlock, a);
-    simd::store_bytes(to.codes + block * kBlock + kLanes, b);
+    int8_t* codes = reinterpret_cast<int8_t*>(to.block(first + i));
+    simd::store_bytes(codes, a);
+    simd::store_bytes(codes + kLanes, b);
     const int32_t sum = simd::reduce_add(simd::add(a, b));
     to.scale[block] = scale[i];
     to.sum[block] = scale[i] * static_cast<float>(sum);
@@ -136,21 +140,65 @@ void prepare_rounded(const LinearArgs& args, size_t row, TileRow to) {
 template <bool kNorm>
 void prepare_plain(const LinearArgs& args, size_t row, TileRow to) {
   const InputRow<kNorm> from(args, row);
-  const size_t blocks = args.blocks();
-  for (size_t i = 0; i < blocks; ++i) {
+  for (size_t i = 0; i < args.blocks(); ++i) {
     const F32 a = from.at(i * kBlock), b = from.at(i * kBlock + kLanes);
-    simd::store(to.values + i * to.height * kBlock, a);
-    simd::store(to.values + i * to.height * kBlock + kLanes, b);
+    float* values = reinterpret_cast<float*>(to.block(i));
+    simd::store(values, a);
+    simd::store(values + kLanes, b);
     to.sum[i * to.height] = simd::reduce_add(simd::add(a, b));
   }
 }
 
+// A row as fixed-point numbers of three digits, which keep as much of its largest value as a float does. A digit of base
+// 254 is within 127 on either side.
+constexpr float kBase = 254, kMostDigits = 127 * kBase * kBase;
+
+template <bool kNorm>
+void prepare_digits(const LinearArgs& args, size_t row, TileRow to) {
+  const InputRow<kNorm> from(args, row);
+  F32 most = simd::zero();
+  for (size_t i = 0; i < args.inputs; i += kLanes) most = simd::max_magnitude(most, from.at(i));
+  const float finest = simd::reduce_magnitudes(most) / kMostDigits, scale = finest < kSmallest ? kSmallest : finest;
+  const F32 inverse = simd::broadcast(1.0f / scale);
+  const F32 factor[] = {simd::broadcast(1 / (kBase * kBase)), simd::broadcast(1 / kBase), simd::broadcast(1.0f)};
+  const F32 weight[] = {simd::broadcast(-kBase * kBase), simd::broadcast(-kBase), simd::broadcast(-1.0f)};
+
+  const size_t blocks = args.blocks() / args.scales;
+  for (size_t run = 0; run < args.scales; ++run) {
+    F32 sum = simd::zero();
+    I32 digits[kDigitsOfFloat] = {simd::broadcast(0), simd::broadcast(0), simd::broadcast(0)};
+    for (size_t i = run * blocks * kBlock; i < (run + 1) * blocks * kBlock; i += kLanes) {
+      const F32 value = from.at(i);
+      sum = simd::add(sum, value);
+      F32 rest = simd::mul(value, inverse);
+      char* codes = to.block(i / kBlock) + i % kBlock;
+      JAXOPT_UNROLL
+      for (size_t d = 0; d < kDigitsOfFloat; ++d) {
+        const I32 digit = simd::round(simd::mul(rest, factor[d]));
+        rest = simd::fma(simd::to_float(digit), weight[d], rest);  // exact
+        digits[d] = simd::add(digits[d], digit);
+        simd::store_bytes(reinterpret_cast<int8_t*>(codes) + d * kBlock, digit);
+      }
+    }
+    to.scale[run * to.height] = scale;
+    to.sum[run * to.height] = simd::reduce_add(sum);
+    for (size_t d = 0; d < kDigitsOfFloat; ++d) {
+      to.start[(run * kDigitsOfFloat + d) * to.height] = -simd::reduce_add(digits[d]) * to.zero;
+    }
+  }
+}
+
+template <bool kNorm>
+auto prepare_row(const LinearArgs& args) {
+  if (args.round) return prepare_rounded<kNorm>;
+  if constexpr (simd::kDigits) return prepare_digits<kNorm>;
+  else return prepare_plain<kNorm>;
+}
+
 void prepare(const LinearArgs& args, const Tiles& tiles, size_t stripe) {
-  const auto with_norm = args.round ? prepare_rounded<true> : prepare_plain<true>;
-  const auto without = args.round ? prepare_rounded<false> : prepare_plain<false>;
-  const auto prepare_row = args.gain != nullptr ? with_norm : without;
+  const auto prepare = args.gain != nullptr ? prepare_row<true>(args) : prepare_row<false>(args);
   for_each_tile(args, stripe, [&](size_t base, size_t height) {
-    for (size_t row = 0; row < height; ++row) prepare_row(args, base + row, TileRow(args, tiles, base, row, height));
+    for (size_t row = 0; row < height; ++row) prepare(args, base + row, TileRow(args, tiles, base, row, height));
   });
 }
 
@@ -164,7 +212,6 @@ struct ByteForm {
   static JAXOPT_INLINE Vector vector(const uint8_t* codes, size_t k) {
     return simd::bytes(simd::load_codes(codes + 64 * k));
   }
-  static JAXOPT_INLINE F32 value(Vector w, int j, int32_t) { return simd::code(w, j); }
 };
 
 struct NibbleForm {
@@ -175,7 +222,6 @@ struct NibbleForm {
     const simd::Codes pair = simd::load_codes(codes + 64 * (k / 2));
     return k % 2 == 0 ? simd::low_nibbles(pair) : simd::high_nibbles(pair);
   }
-  static JAXOPT_INLINE F32 value(Vector w, int j, int32_t zero) { return simd::code(w, j, zero); }
 };
 
 // Nibbles that `unpack` has made bytes of.
@@ -186,7 +232,6 @@ struct UnpackedForm {
   static JAXOPT_INLINE Vector vector(const uint8_t* codes, size_t k) {
     return simd::nibbles(simd::load_codes(codes + 64 * k));
   }
-  static JAXOPT_INLINE F32 value(Vector w, int j, int32_t zero) { return NibbleForm::value(w, j, zero); }
 };
 
 inline void unpack(const uint8_t* nibbles, size_t blocks, uint8_t* bytes) {
@@ -199,11 +244,21 @@ inline void unpack(const uint8_t* nibbles, size_t blocks, uint8_t* bytes) {
 
 // ---- a tile: some panels with some rows -----------------------------------------------------------------------------
 
-// A block of inputs of some panels.
+// Some panels, block after block.
 template <class Form, size_t kPanels>
-struct WeightBlock {
+struct Weights {
   const uint8_t* codes[kPanels];
   F32 scale[kPanels];
+  bool from_memory;
+
+  JAXOPT_INLINE void next() {
+    if (from_memory) {  // hardware stops fetching ahead at the end of each page
+      JAXOPT_UNROLL
+      for (size_t line = 0; line < Form::kBlockBytes; line += 64) simd::prefetch(codes[0] + kAhead + line);
+    }
+    JAXOPT_UNROLL
+    for (const uint8_t*& block : codes) block += Form::kBlockBytes;
+  }
 };
 
 // What a tile gives for a panel: 16 outputs of each row.
@@ -228,26 +283,67 @@ JAXOPT_INLINE void clear(F32 (&sums)[kPanels][kRows]) {
   }
 }
 
-// A tile's rounded rows, block after block.
-template <class Form, size_t kPanels, size_t kRows>
-struct RoundedRows {
+// A tile's rows of integers, run after run: rounded to one digit, where a run is a block, or of all digits.
+template <class Form, size_t kPanels, size_t kRows, size_t kDigits>
+struct IntegerRows {
+  // A dot waits for the one before it: with few rows a long run has several sums for the processor to work at.
+  static constexpr size_t kSums = kDigits == 1 || kRows > 4 ? 1 : 4 / kRows;
+  using RowSums = I32[kSums][kDigits];
+
   const int8_t* x;
   const float* scale;
   const int32_t* start;
+  size_t run;  // blocks
 
-  RoundedRows(const LinearArgs& args, const Tiles& tiles, size_t base)
-      : x(tiles.codes + base * args.inputs),
+  IntegerRows(const LinearArgs& args, const Tiles& tiles, size_t base)
+      : x(reinterpret_cast<const int8_t*>(tiles.x) + base * args.inputs * kDigits),
         scale(tiles.scale + base * args.blocks()),
-        start(tiles.start + base * args.blocks()) {}
+        start(tiles.start + base * args.blocks() * kDigitsOfFloat),
+        run(kDigits == 1 ? 1 : args.blocks() / args.scales) {}
 
-  // Adds a block's products.
-  JAXOPT_INLINE void next(const WeightBlock<Form, kPanels>& weights, F32 (&total)[kPanels][kRows]) {
-    I32 sum[kPanels][kRows];
+  // Adds a run's products.
+  JAXOPT_INLINE void next(Weights<Form, kPanels>& weights, F32 (&total)[kPanels][kRows]) {
+    RowSums sum[kPanels][kRows];
     JAXOPT_UNROLL
     for (size_t r = 0; r < kRows; ++r) {
       JAXOPT_UNROLL
-      for (size_t p = 0; p < kPanels; ++p) sum[p][r] = simd::broadcast(start[r]);
+      for (size_t p = 0; p < kPanels; ++p) begin(sum[p][r], start + r);
     }
+    for (size_t b = 0; b < (kDigits == 1 ? 1 : run); ++b) add_block(weights, sum);
+    JAXOPT_UNROLL
+    for (size_t r = 0; r < kRows; ++r) {
+      const F32 row_scale = simd::broadcast(scale[r]);
+      JAXOPT_UNROLL
+      for (size_t p = 0; p < kPanels; ++p) {
+        total[p][r] = simd::fma(value(sum[p][r]), simd::mul(weights.scale[p], row_scale), total[p][r]);
+      }
+    }
+    scale += kRows;
+    start += kRows * kDigits;
+  }
+
+  static JAXOPT_INLINE void begin(RowSums& sums, const int32_t* start) {
+    JAXOPT_UNROLL
+    for (size_t i = 0; i < kSums; ++i) {
+      JAXOPT_UNROLL
+      for (size_t d = 0; d < kDigits; ++d) sums[i][d] = simd::broadcast(i == 0 ? start[d * kRows] : 0);
+    }
+  }
+
+  static JAXOPT_INLINE F32 value(const RowSums& sums) {
+    F32 result;
+    JAXOPT_UNROLL
+    for (size_t d = 0; d < kDigits; ++d) {
+      I32 digit = sums[0][d];
+      JAXOPT_UNROLL
+      for (size_t i = 1; i < kSums; ++i) digit = simd::add(digit, sums[i][d]);
+      const F32 next = simd::to_float(digit);
+      result = d == 0 ? next : simd::fma(result, simd::broadcast(kBase), next);
+    }
+    return result;
+  }
+
+  JAXOPT_INLINE void add_block(Weights<Form, kPanels>& weights, RowSums (&sum)[kPanels][kRows]) {
     JAXOPT_UNROLL
     for (size_t k = 0; k < kVectors; ++k) {
       typename Form::Vector vector[kPanels];
@@ -255,35 +351,38 @@ struct RoundedRows {
       for (size_t p = 0; p < kPanels; ++p) vector[p] = Form::vector(weights.codes[p], k);
       JAXOPT_UNROLL
       for (size_t r = 0; r < kRows; ++r) {
-        const simd::Four four = simd::four_inputs(x + r * kBlock + 4 * k);
         JAXOPT_UNROLL
-        for (size_t p = 0; p < kPanels; ++p) sum[p][r] = simd::dot(sum[p][r], vector[p], four);
+        for (size_t d = 0; d < kDigits; ++d) {
+          const simd::Four four = simd::four_inputs(x + (r * kDigits + d) * kBlock + 4 * k);
+          JAXOPT_UNROLL
+          for (size_t p = 0; p < kPanels; ++p) {
+            I32& own = sum[p][r][k % kSums][d];
+            own = simd::dot(own, vector[p], four);
+          }
+        }
       }
     }
-    JAXOPT_UNROLL
-    for (size_t r = 0; r < kRows; ++r) {
-      const F32 row_scale = simd::broadcast(scale[r]);
-      JAXOPT_UNROLL
-      for (size_t p = 0; p < kPanels; ++p) {
-        total[p][r] = simd::fma(simd::to_float(sum[p][r]), simd::mul(weights.scale[p], row_scale), total[p][r]);
-      }
-    }
-    x += kBlock * kRows;
-    scale += kRows;
-    start += kRows;
+    weights.next();
+    x += kBlock * kRows * kDigits;
   }
 };
 
-// The same for rows that are not rounded.
+template <class Form, size_t kPanels, size_t kRows>
+using RoundedRows = IntegerRows<Form, kPanels, kRows, 1>;
+template <class Form, size_t kPanels, size_t kRows>
+using DigitRows = IntegerRows<Form, kPanels, kRows, kDigitsOfFloat>;
+
+// Rows that are neither rounded nor digits.
 template <class Form, size_t kPanels, size_t kRows>
 struct PlainRows {
+  static constexpr size_t run = 1;
   const float* x;
   int32_t zero;
 
   PlainRows(const LinearArgs& args, const Tiles& tiles, size_t base)
-      : x(tiles.values + base * args.inputs), zero(args.nibble_zero()) {}
+      : x(reinterpret_cast<const float*>(tiles.x) + base * args.inputs), zero(args.nibble_zero()) {}
 
-  JAXOPT_INLINE void next(const WeightBlock<Form, kPanels>& weights, F32 (&total)[kPanels][kRows]) {
+  JAXOPT_INLINE void next(Weights<Form, kPanels>& weights, F32 (&total)[kPanels][kRows]) {
     F32 sum[kPanels][kRows];
     clear(sum);
     JAXOPT_UNROLL
@@ -294,8 +393,8 @@ struct PlainRows {
       JAXOPT_UNROLL
       for (int j = 0; j < 4; ++j) {
         F32 value[kPanels];
-        JAXOPT_UNROLL
-        for (size_t p = 0; p < kPanels; ++p) value[p] = Form::value(vector[p], j, zero);
+        JAXOPT_UNROLL  // `code` is looked up with its argument: where rows are digits there is none
+        for (size_t p = 0; p < kPanels; ++p) value[p] = code(vector[p], j, zero);
         JAXOPT_UNROLL
         for (size_t r = 0; r < kRows; ++r) {
           const F32 input = simd::broadcast(x[r * kBlock + 4 * k + j]);
@@ -309,6 +408,7 @@ struct PlainRows {
       JAXOPT_UNROLL
       for (size_t r = 0; r < kRows; ++r) total[p][r] = simd::fma(sum[p][r], weights.scale[p], total[p][r]);
     }
+    weights.next();
     x += kBlock * kRows;
   }
 };
@@ -320,9 +420,9 @@ void multiply_tile(const LinearArgs& args, const Tiles& tiles, const uint8_t* co
   const size_t blocks = args.blocks(), scales = args.scales, blocks_per_scale = blocks / scales;
   const float* x_sum = tiles.sum + base * blocks;
   Rows<Form, kPanels, kRows> rows(args, tiles, base);
-  const bool from_memory = base == 0 && kPanels == 1;  // later tiles find the panel in cache
 
-  WeightBlock<Form, kPanels> weights;
+  Weights<Form, kPanels> weights;
+  weights.from_memory = base == 0 && kPanels == 1;  // later tiles find the panel in cache
   for (size_t p = 0; p < kPanels; ++p) weights.codes[p] = codes + p * blocks * Form::kBlockBytes;
   F32 minimum[kPanels], total[kPanels][kRows];
   clear(total);
@@ -333,14 +433,8 @@ void multiply_tile(const LinearArgs& args, const Tiles& tiles, const uint8_t* co
       weights.scale[p] = load_floats(args.scale, at);
       if (kMinimum) minimum[p] = load_floats(args.minimum, at);
     }
-    for (size_t b = 0; b < blocks_per_scale; ++b) {
-      if (from_memory) {  // hardware stops fetching ahead at the end of each page
-        JAXOPT_UNROLL
-        for (size_t line = 0; line < Form::kBlockBytes; line += 64) simd::prefetch(weights.codes[0] + kAhead + line);
-      }
+    for (size_t b = 0; b < blocks_per_scale; b += rows.run) {
       rows.next(weights, total);
-      JAXOPT_UNROLL
-      for (const uint8_t*& block : weights.codes) block += Form::kBlockBytes;
       if (kMinimum) {
         add_minimum(minimum, x_sum, total);
         x_sum += kRows;
@@ -360,8 +454,14 @@ using TileFunction = void (*)(const LinearArgs&, const Tiles&, const uint8_t* co
 
 template <class Form, bool kMinimum, size_t kPanels, size_t kRows>
 TileFunction tile_function(const LinearArgs& args) {
-  return args.round ? multiply_tile<RoundedRows, Form, kMinimum, kPanels, kRows>
-                    : multiply_tile<PlainRows, Form, kMinimum, kPanels, kRows>;
+  if constexpr (kPanels == 1) {
+    if constexpr (simd::kDigits) {
+      if (!args.round) return multiply_tile<DigitRows, Form, kMinimum, kPanels, kRows>;
+    } else {
+      if (!args.round) return multiply_tile<PlainRows, Form, kMinimum, kPanels, kRows>;
+    }
+  }
+  return multiply_tile<RoundedRows, Form, kMinimum, kPanels, kRows>;
 }
 
 template <class Form, size_t kPanels, size_t kIndex = 0>
@@ -414,7 +514,8 @@ template <class Form>
 void multiply_groups(const LinearArgs& args, const Tiles& tiles, const uint8_t* codes, size_t first_group,
                      size_t groups, size_t first_stripe, size_t last_stripe) {
   const size_t per_group = args.panels_per_group(), panels = groups * per_group, first = first_group * per_group;
-  const size_t wide = is_tall(first_stripe, last_stripe) && panels >= simd::kTilePanels ? simd::kTilePanels : 1;
+  const bool many = args.round && is_tall(first_stripe, last_stripe) && panels >= simd::kTilePanels;
+  const size_t wide = many ? simd::kTilePanels : 1;  // with floats the registers are full of one
   Sums sums[kMostPanels];
   for (size_t stripe = first_stripe; stripe < last_stripe; ++stripe) {
     for_each_tile(args, stripe, [&](size_t base, size_t height) {
@@ -451,6 +552,6 @@ void multiply(const LinearArgs& args, const Tiles& tiles, size_t first_group, si
   }
 }
 
-inline jaxopt::LinearKernels linear_kernels() { return {kStripe, prepare, multiply}; }
+inline jaxopt::LinearKernels linear_kernels() { return {kStripe, simd::kDigits ? kDigitsOfFloat : sizeof(float), prepare, multiply}; }
 
 }  // namespace

@@ -15,6 +15,7 @@ LANES = 16  # outputs of a panel
 BLOCK = 32  # inputs of a block, which share a scale of the rounded activations
 _BYTE_ZERO = 128  # 8-bit codes are stored unsigned, with this added
 _NIBBLE_ZERO = 8  # likewise, 4-bit ones that have no minimum
+_LONGEST_SUM = 2**17  # products of a code and a digit, at most 128 * 127, that an int32 holds
 _SCALES = (jnp.float32, jnp.float16, jnp.bfloat16)
 
 
@@ -89,6 +90,7 @@ def fits(weights: Sequence[Weight]) -> TypeGuard[Sequence[QArray]]:
         and first.bits in (8, 4)
         and first.act in (None, (8, BLOCK))
         and first.group % BLOCK == 0
+        and first.group <= _LONGEST_SUM
         and first.scale.dtype in _SCALES
         and (first.bias is None or first.bias.dtype == first.scale.dtype)
     )

@@ -12,7 +12,7 @@
 namespace {
 namespace simd {
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+JAXOPT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 constexpr const char* kName = "avx2";
 constexpr size_t kTileRows[] = {4, 2, 1};
@@ -105,13 +105,14 @@ inline int32_t reduce_add(I32 x) {
   four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
-inline __m256i magnitudes(F32 x) {
+inline __m256 max_magnitude(__m256 x, __m256 y) {
   const __m256i mask = _mm256_set1_epi32(0x7fffffff);
-  return _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(x.a), mask),
-                          _mm256_and_si256(_mm256_castps_si256(x.b), mask));
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(x), mask),
+                                              _mm256_and_si256(_mm256_castps_si256(y), mask)));
 }
-inline float max_magnitude(F32 x, F32 y) {
-  const __m256i eight = _mm256_max_epi32(magnitudes(x), magnitudes(y));
+inline F32 max_magnitude(F32 x, F32 y) { return {max_magnitude(x.a, y.a), max_magnitude(x.b, y.b)}; }
+inline float reduce_magnitudes(F32 x) {
+  const __m256i eight = _mm256_max_epi32(_mm256_castps_si256(x.a), _mm256_castps_si256(x.b));
   __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
   four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
@@ -177,10 +178,12 @@ inline I32 dot(I32 sum, Nibbles w, Four x) {
   return {add_products(sum.a, w.a, x.v), add_products(sum.b, w.b, x.v)};
 }
 
+constexpr bool kDigits = false;
+// The code of input `j` of four, less `zero`, exact.
 inline __m256 signed_code(__m256i v, int j) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * j), 24));
 }
-inline F32 code(Bytes w, int j) { return {signed_code(w.a, j), signed_code(w.b, j)}; }
+inline F32 code(Bytes w, int j, int32_t) { return {signed_code(w.a, j), signed_code(w.b, j)}; }
 inline F32 code(Nibbles w, int j, int32_t zero) {
   const __m256 offset = _mm256_set1_ps(zero);
   return {_mm256_sub_ps(signed_code(w.a, j), offset), _mm256_sub_ps(signed_code(w.b, j), offset)};

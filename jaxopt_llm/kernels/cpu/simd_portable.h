@@ -138,13 +138,15 @@ inline int32_t reduce_add(const I32& x) {
   for (int32_t lane : x.v) sum += lane;
   return sum;
 }
-inline float max_magnitude(const F32& a, const F32& b) {
-  uint32_t top = 0;
-  for (int i = 0; i < kLanes; ++i) {
+inline F32 max_magnitude(const F32& a, const F32& b) {
+  return lanes<F32>([&](int i) {
     const uint32_t x = to_bits(a.v[i]) & 0x7fffffffu, y = to_bits(b.v[i]) & 0x7fffffffu;
-    top = x > top ? x : top;
-    top = y > top ? y : top;
-  }
+    return from_bits(x > y ? x : y);
+  });
+}
+inline float reduce_magnitudes(const F32& x) {
+  uint32_t top = 0;
+  for (float lane : x.v) top = top > to_bits(lane) ? top : to_bits(lane);
   return from_bits(top);
 }
 inline void store_bytes(int8_t* p, const I32& x) {
@@ -201,7 +203,8 @@ inline I32 dot(const I32& sum, const Weights& w, Four x) {
   });
 }
 
-inline F32 code(const Bytes& w, int j) {
+constexpr bool kDigits = false;
+inline F32 code(const Bytes& w, int j, int32_t) {
   return lanes<F32>([&](int i) { return static_cast<float>(w.v[4 * i + j]); });
 }
 inline F32 code(const Nibbles& w, int j, int32_t zero) {

@@ -84,7 +84,7 @@ def test_odd_shapes(form, isa):
             assert_close(linear(jnp.asarray(x), p), rounded(x, w.act), values(w))
 
 
-@pytest.mark.parametrize("form", ["int8_block", "int8", "int4", "int4_symmetric_float"])
+@pytest.mark.parametrize("form", ["int8_block", "int8", "int4", "int8_minimum", "int4_symmetric_float"])
 def test_a_row_does_not_see_its_neighbours(form, isa):
     p = pack([weight(form, 100, 576)], norm=(jnp.ones(576), 1e-5))
     x = jnp.asarray(activations(130, 576))
@@ -169,7 +169,40 @@ def test_far_from_zero_gates_are_exact(gate, isa):
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["int8", "int8_block", "int4"])
+def relative_error(y, x, w):
+    exact = x.astype(np.float64) @ values(w).T
+    return np.linalg.norm(np.asarray(y) - exact, axis=1) / np.linalg.norm(exact, axis=1)
+
+
+@pytest.mark.parametrize("form", ["int8", "int8_minimum", "int4_float", "int4_symmetric_float"])
+@pytest.mark.parametrize("inputs", [64, 2048, 8192])
+def test_float_activations_are_as_exact_as_in_xla(form, inputs, isa):
+    w = weight(form, 200, inputs)
+    x = activations(33, inputs)
+    product = jax.jit(linear)
+    assert relative_error(linear(jnp.asarray(x), pack([w])), x, w).max() < max(
+        2 * relative_error(product(jnp.asarray(x), w), x, w).max(), 3e-7
+    )
+
+
+@pytest.mark.parametrize("form", ["int8", "int8_minimum", "int4_float"])
+def test_float_activations_of_any_magnitude(form, isa):
+    """Rows of digits share one step: one value may be far larger than the others, or all of them tiny or huge."""
+    w = weight(form, 40, 2048)
+    p = pack([w])
+    x = activations(6, 2048)
+    x[1, 77] = 1e3
+    x[2] *= 1e-25
+    x[3] *= 1e30
+    x[4] = 0
+    y = np.asarray(linear(jnp.asarray(x), p))
+    assert relative_error(np.delete(y, 4, 0), np.delete(x, 4, 0), w).max() < 1e-5
+    assert not y[4].any()
+    x[5] = 1e-40  # subnormal, which XLA takes for 0
+    assert np.abs(linear(jnp.asarray(x), p)[5]).max() < 1e-35
+
+
+@pytest.mark.parametrize("form", ["int8", "int8_block", "int8_minimum", "int4", "int4_float"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_in_its_row(form, bad, isa):
     p = pack([weight(form, 40, 64)])
