@@ -94,7 +94,7 @@ def attention(
     Raises:
       ValueError: for a ragged batch without pages.
     """
-    if isinstance(cache, Pages) and cache.kernel:
+    if isinstance(cache, Pages) and cache.kernel == "cpu":
         return attend(
             q, k, v, cache,
             positions=rows.positions, slots=rows.slots, table=_table(rows, spec.kind),
@@ -115,6 +115,15 @@ def attention(
             )
         out = tpu.attend(
             q, cache, heads=k.shape[1],
+            slots=rows.slots, kv_len=rows.kv_len, query_start=rows.query_start, num_slots=rows.num_slots,
+            table=_table(rows, spec.kind), scale=spec.scale, window=spec.window, softcap=spec.softcap,
+        )  # fmt: skip
+        return out, cache
+    if cache.kernel == "gpu":
+        from jaxopt_llm.kernels import gpu
+
+        out = gpu.attend(
+            q, cache, sinks=sinks,
             slots=rows.slots, kv_len=rows.kv_len, query_start=rows.query_start, num_slots=rows.num_slots,
             table=_table(rows, spec.kind), scale=spec.scale, window=spec.window, softcap=spec.softcap,
         )  # fmt: skip
