@@ -1,7 +1,9 @@
 """Keys and values in pages: how they lie, and the `jax.numpy` definition of writing and reading them."""
 
 import dataclasses
+import importlib.util
 import itertools
+import re
 import warnings
 
 import jax
@@ -77,10 +79,10 @@ def init_pages(
       heads, width: K and H.
       dtype: what keys and values are kept in; int8 is rounded to, with a scale a token and head.
       kernel: lay them out for the platform's own kernel where there is one (CPU: float32, bfloat16 or
-        int8, page_size and width multiples of 16; GPU: width up to 256, of NVIDIA's those since Ampere;
-        TPU: float32 or bfloat16, heads and width padded to what it takes). `attention` runs that kernel on these pages and no others. For programs of one
-        device and the body of a `shard_map`: under automatic partitioning a kernel would gather its
-        arguments.
+        int8, page_size and width multiples of 16; GPU: width 256 at most; TPU: float32 or bfloat16, heads
+        and width padded to what it takes). `attention` runs that kernel on these pages and no others. For
+        programs of one device and the body of a `shard_map`: under automatic partitioning a kernel would
+        gather its arguments.
       sinks: the layer has some, which the TPU's kernel does not know.
       platform: where they will be used; that of the default devices if None.
 
@@ -120,14 +122,16 @@ def _cpu_serves(page_size: int, width: int, dtype: jnp.dtype) -> bool:
 
 
 def _gpu_serves(width: int) -> bool:
-    reason = None
     if width > _GPU_WIDTH:
-        reason = f"takes no heads of width {width}, {_GPU_WIDTH} at most"
-    elif float(getattr(jax.devices()[0], "compute_capability", "8.0")) < 8:  # none of a GPU that is not there
-        reason = "needs compute capability 8.0, an Ampere card or newer"
-    if reason is not None:
-        warnings.warn(f"the GPU's attention kernel {reason}: attention runs in XLA", stacklevel=3)
-    return reason is None
+        reason = f"takes heads of width {_GPU_WIDTH} at most, not {width}"
+    elif re.match(r"[1-7]\.", getattr(jax.devices()[0], "compute_capability", "")):
+        reason = "needs an NVIDIA card of compute capability 8.0 or more, as Triton does"
+    elif importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        reason = f"needs Pallas for Triton, which jax {jax.__version__} no longer has"
+    else:
+        return True
+    warnings.warn(f"the GPU's attention kernel {reason}: attention runs in XLA", stacklevel=3)
+    return False
 
 
 def _tpu_serves(dtype: jnp.dtype, sinks: bool) -> bool:

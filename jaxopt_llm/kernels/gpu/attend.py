@@ -6,7 +6,7 @@ what they give is merged (Flash-Decoding: pytorch.org/blog/flash-decoding).
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,25 @@ _TILE = 2**14  # bytes of the keys of a block, in the dtype of the queries
 _PROGRAMS = 256  # keep a large GPU busy
 _SHARE = 256  # keys that are worth a program of their own
 _NOTHING = -1e30  # stands for the logarithm of 0; finite, so that differences are numbers
+
+
+class _Sizes(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+      queries: of a block, at most.
+      rows: of a block, one a query and head; the last may be idle.
+      columns: for the width of a head.
+      keys: of a block, which are read at once.
+      grid: key/value heads, programs that share a block's keys, blocks. Heads vary fastest: what they read together
+        lies together.
+    """
+
+    queries: int
+    rows: int
+    columns: int
+    keys: int
+    grid: tuple[int, int, int]
 
 
 def attend(
@@ -52,29 +71,17 @@ def attend(
       scale, window, softcap: as `AttentionSpec` has them.
       interpret: run on whatever device there is, as a program of `jax.numpy`.
     """
-    (tokens, heads, width), (_, page_size, kv_heads, _) = q.shape, pages.k.shape
-    count, group = table.shape[0], heads // kv_heads
-    filled = min(_ROWS, group * pl.cdiv(tokens, count))
-    rows = pl.next_power_of_2(max(_LEAST, group, filled))
-    queries = rows // group
-    blocks = min(tokens, tokens // queries + count)  # no more can be needed: one a slot is not full
-    columns = pl.next_power_of_2(max(_LEAST, width))
-    keys = max(_LEAST, _TILE // (columns * q.dtype.itemsize))
-    most = table.shape[1] * page_size
-    seen = most if window is None else min(most, window + queries)
-    splits = max(1, min(pl.cdiv(_PROGRAMS, blocks * kv_heads), seen // _SHARE))
-
+    sizes = _sizes(q, pages, table, window)
+    splits, count = sizes.grid[1], table.shape[0]
     lengths = jnp.where(jnp.arange(count) < num_slots, query_start[1:] - query_start[:-1], 0)
-    block_end = jnp.cumsum(-(-lengths // queries))  # of each slot
+    block_end = jnp.cumsum(pl.cdiv(lengths, sizes.queries))  # of each slot
     ids = (a.astype(jnp.int32) for a in (table, kv_len, query_start, block_end))
     out, logsum = pl.pallas_call(
-        functools.partial(
-            _kernel, rows=rows, columns=columns, keys=keys, scale=scale, window=window, softcap=softcap
-        ),
-        grid=(kv_heads, splits, blocks),  # heads vary fastest: they share lines of memory
+        functools.partial(_kernel, sizes=sizes, scale=scale, window=window, softcap=softcap),
+        grid=sizes.grid,
         out_shape=(
             jax.ShapeDtypeStruct((splits, *q.shape), q.dtype if splits == 1 else jnp.float32),
-            jax.ShapeDtypeStruct((splits, tokens, heads), jnp.float32),
+            jax.ShapeDtypeStruct((splits, *q.shape[:2]), jnp.float32),
         ),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
@@ -84,27 +91,33 @@ def attend(
     return jnp.where((slots < count)[:, None, None], merged.astype(q.dtype), 0)
 
 
+def _sizes(q: Array, pages: Pages, table: Array, window: int | None) -> _Sizes:
+    (tokens, heads, width), (_, page_size, kv_heads, _), (count, most) = q.shape, pages.k.shape, table.shape
+    group = heads // kv_heads
+    rows = pl.next_power_of_2(max(_LEAST, group, min(_ROWS, group * pl.cdiv(tokens, count))))
+    queries = rows // group
+    columns = pl.next_power_of_2(max(_LEAST, width))
+    blocks = min(tokens, tokens // queries + count)  # no more can be needed: one of each slot is not full
+    seen = most * page_size if window is None else min(most * page_size, window + queries)
+    splits = max(1, min(pl.cdiv(_PROGRAMS, blocks * kv_heads), seen // _SHARE))
+    keys = max(_LEAST, _TILE // (columns * q.dtype.itemsize))
+    return _Sizes(queries, rows, columns, keys, (kv_heads, splits, blocks))
+
+
 def _kernel(
     table: Any, kv_len: Any, query_start: Any, block_end: Any, q: Any, k: Any, v: Any, sinks: Any,
     out: Any, logsum: Any,
-    *, rows: int, columns: int, keys: int, scale: float, window: int | None, softcap: float | None,
+    *, sizes: _Sizes, scale: float, window: int | None, softcap: float | None,
 ) -> None:  # fmt: skip
     """One program. References to whole arrays, as `attend` passes them: `k` and `v` each with scales or None.
 
     Writes the softmax over its share of the keys, and the logarithm of the sum that it was divided by.
     """
+    (kv_heads, splits, _), (queries, rows, columns, keys, _) = sizes.grid, sizes
     kv_head, split, block = (pl.program_id(axis) for axis in range(3))
-    (_, page_size, kv_heads, width), count = k[0].shape, table.shape[0]
-    group = q.shape[1] // kv_heads
-    queries = rows // group
+    group, (page_size, _, width) = q.shape[1] // kv_heads, k[0].shape[1:]
 
-    # The queries. A block after the last one ends up past every slot, without any.
-    each = jnp.arange(pl.next_power_of_2(count))
-    ends = triton.load(block_end.at[each], mask=each < count, other=2**31 - 1)
-    slot = (ends <= block).astype(jnp.int32).sum()
-    first = query_start[slot] + (block - jnp.where(ends <= block, ends, 0).max()) * queries
-    stop = query_start[jnp.minimum(slot + 1, count)]
-    slot = jnp.minimum(slot, count - 1)
+    slot, first, stop = _own_tokens(block, block_end, query_start, queries)
     row, column = jnp.arange(rows), jnp.arange(columns)
     token, head = first + row // group, kv_head * group + row % group
     own = (row < queries * group) & (token < stop)
@@ -112,28 +125,28 @@ def _kernel(
     inside = own[:, None] & (column < width)[None, :]
     query = triton.load(q.at[place], mask=inside, other=0)
 
-    # The keys: all that one of the queries sees, and of these the split's share, in whole blocks.
+    # Keys that one of the queries sees, and of these the program's share, in whole blocks.
     shift = kv_len[slot] - stop  # from a token's place in the batch to its position
     low = 0 if window is None else jnp.maximum(first + shift - window + 1, 0)
     high = jnp.where(first < stop, jnp.minimum(first + queries, stop) + shift, 0)
-    start, splits = low // keys, pl.num_programs(1)
+    start = low // keys
     turns = jnp.maximum(pl.cdiv(high, keys) - start, 0)
 
     def turn(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, mixed = carry
         key = i * keys + jnp.arange(keys)
-        wanted = (key >= low) & (key < high)  # other pages may be anyone's, and 0 x NaN is NaN
-        page = triton.load(table.at[slot, key // page_size], mask=wanted, other=0)
+        wanted = (key >= low) & (key < high)  # other places may be anyone's, and 0 x NaN is NaN
+        number, at = jax.lax.div(key, page_size), jax.lax.rem(key, page_size)
+        page = triton.load(table.at[slot, number], mask=wanted, other=0)
 
-        def read(data: Any, scales: Any) -> tuple[Array, Array]:
-            at = (page, key % page_size)
-            index = (*(one[:, None] for one in at), kv_head, column[None, :])
-            mask = wanted[:, None] & (column < width)[None, :]
-            codes = triton.load(data.at[index], mask=mask, other=0).astype(query.dtype)
-            of_key = (
-                1.0 if scales is None else triton.load(scales.at[*at, kv_head], mask=wanted, other=0)[None, :]
-            )
-            return codes, of_key
+        index = (page[:, None], at[:, None], kv_head, column[None, :])
+        whole = wanted[:, None] & (column < width)[None, :]
+
+        def read(data: Any, scales: Any) -> tuple[Array, Array | float]:
+            codes = triton.load(data.at[index], mask=whole, other=0).astype(query.dtype)
+            if scales is None:
+                return codes, 1.0
+            return codes, triton.load(scales.at[page, at, kv_head], mask=wanted, other=0)[None, :]
 
         codes, of_key = read(*k)
         scores = triton.dot(query, codes, trans_b=True) * (of_key * scale)
@@ -159,3 +172,14 @@ def _kernel(
     total = jnp.maximum(total, 1)  # less only without a key: the highest score alone gives 1
     triton.store(out.at[split, *place], (mixed / total[:, None]).astype(out.dtype), mask=inside)
     triton.store(logsum.at[split, token, head], top + jnp.log(total), mask=own)
+
+
+def _own_tokens(block: Array, block_end: Any, query_start: Any, queries: int) -> tuple[Array, Array, Array]:
+    """Whose block it is, its first token and where the slot's tokens end; for a block of nobody no token is before."""
+    count = block_end.shape[0]
+    each = jnp.arange(pl.next_power_of_2(count))
+    ends = triton.load(block_end.at[each], mask=each < count, other=2**31 - 1)
+    slot = (ends <= block).astype(jnp.int32).sum()
+    first = query_start[slot] + (block - jnp.where(ends <= block, ends, 0).max()) * queries
+    stop = query_start[jnp.minimum(slot + 1, count)]
+    return jnp.minimum(slot, count - 1), first, stop
