@@ -249,8 +249,9 @@ class _Reader(NamedTuple):
             own = kernel[labels[1].index("o")] if labels else 1
             return 2 * math.prod(one.outputs[0].dims) * math.prod(kernel) // own
         if one.opcode == "reduce" and '/dot_general"' in one.rest:
-            summed = among[one.operands[0]]  # products, as of one row they may become; or parts of sums, split on a GPU
-            return 2 * math.prod(summed.outputs[0].dims) if summed.opcode == "multiply" else 0
+            # A product of one row may become a sum of products. A GPU's sum of a product's parts has been counted.
+            terms = among[one.operands[0]]
+            return 2 * math.prod(terms.outputs[0].dims) if terms.opcode == "multiply" else 0
         if one.opcode == "custom-call":
             return _kernel_flops(one, [among[name].outputs[0].dims for name in one.operands])
         inner = [self.computations[name] for name in one.called if name in self.computations]
