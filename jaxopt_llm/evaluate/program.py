@@ -42,7 +42,7 @@ class Operation:
       scope: where it comes from, the names of `jax.named_scope` among it; of what the compiler added where its result
         goes; may be empty.
       read, written: bytes of main memory.
-      flops: of the matrix products in it. Those of our CPU kernels and of the TPU's attention follow from the shapes of
+      flops: of the matrix products in it. Those of our kernels and of the TPU's attention follow from the shapes of
         their operands; of other kernels nothing is known.
       outputs: its arrays; one that shares memory with an operand is not written.
       kernel: what a custom call runs.
@@ -248,8 +248,10 @@ class _Reader(NamedTuple):
             labels = re.search(r"dim_labels=\w+_(\w+)->", one.rest)
             own = kernel[labels[1].index("o")] if labels else 1
             return 2 * math.prod(one.outputs[0].dims) * math.prod(kernel) // own
-        if one.opcode == "reduce" and '/dot_general"' in one.rest:  # what a product of one row may become
-            return 2 * math.prod(among[one.operands[0]].outputs[0].dims)
+        if one.opcode == "reduce" and '/dot_general"' in one.rest:
+            # A product of one row may become a sum of products. A GPU's sum of a product's parts has been counted.
+            terms = among[one.operands[0]]
+            return 2 * math.prod(terms.outputs[0].dims) if terms.opcode == "multiply" else 0
         if one.opcode == "custom-call":
             return _kernel_flops(one, [among[name].outputs[0].dims for name in one.operands])
         inner = [self.computations[name] for name in one.called if name in self.computations]
@@ -274,4 +276,7 @@ def _kernel_flops(one: _Instruction, operands: Sequence[tuple[int, ...]]) -> int
         (queries,) = (dims for dims in operands if len(dims) == 3)
         pages = next(dims for dims in operands if len(dims) == 4)
         return 4 * queries[1] // pages[2] * math.prod(pages)
+    if "/paged_attention/" in one.rest:
+        heads, (keys, values) = operands[4][1], (dims for dims in operands if len(dims) == 4)
+        return 2 * heads // keys[2] * (math.prod(keys) + math.prod(values))
     return 0

@@ -6,6 +6,7 @@ G kinds of attention.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -82,7 +83,7 @@ def attention(
 
     A uniform batch attends to itself alone, blockwise, with gradients. A ragged one reads everything
     its slots hold in the pages. Over pages that `init_pages(kernel=True)` made for a kernel, that kernel
-    runs, without gradients; the TPU's only for ragged batches.
+    runs, without gradients; the TPU's and the GPU's only for ragged batches.
 
     Args:
       q, k, v: projections, with positions already rotated in.
@@ -94,7 +95,7 @@ def attention(
     Raises:
       ValueError: for a ragged batch without pages.
     """
-    if isinstance(cache, Pages) and cache.kernel:
+    if isinstance(cache, Pages) and cache.kernel == "cpu":
         return attend(
             q, k, v, cache,
             positions=rows.positions, slots=rows.slots, table=_table(rows, spec.kind),
@@ -113,13 +114,21 @@ def attention(
             raise ValueError(
                 "these pages are for a kernel without sinks; make them by init_pages(sinks=True)"
             )
-        out = tpu.attend(
-            q, cache, heads=k.shape[1],
-            slots=rows.slots, kv_len=rows.kv_len, query_start=rows.query_start, num_slots=rows.num_slots,
-            table=_table(rows, spec.kind), scale=spec.scale, window=spec.window, softcap=spec.softcap,
-        )  # fmt: skip
-        return out, cache
+        return _reading(tpu.attend, rows, spec)(q, cache, heads=k.shape[1]), cache
+    if cache.kernel == "gpu":
+        from jaxopt_llm.kernels import gpu
+
+        return _reading(gpu.attend, rows, spec)(q, cache, sinks=sinks), cache
     return _paged(q, cache, rows, spec, sinks), cache
+
+
+def _reading(attend: Callable[..., Array], rows: Rows, spec: AttentionSpec) -> Callable[..., Array]:
+    """A kernel that reads pages which hold the batch already, told of the batch and the layer."""
+    return functools.partial(
+        attend,
+        slots=rows.slots, kv_len=rows.kv_len, query_start=rows.query_start, num_slots=rows.num_slots,
+        table=_table(rows, spec.kind), scale=spec.scale, window=spec.window, softcap=spec.softcap,
+    )  # fmt: skip
 
 
 def _table(rows: Rows, kind: int) -> Int[Array, "R P"]:

@@ -1,7 +1,9 @@
 """Keys and values in pages: how they lie, and the `jax.numpy` definition of writing and reading them."""
 
 import dataclasses
+import importlib.util
 import itertools
+import re
 import warnings
 
 import jax
@@ -13,6 +15,7 @@ from jaxopt_llm.kernels.qarray import round_symmetric
 
 GROUP = 16  # keys that the CPU kernel reads at once
 _MAX_WIDTH = 512  # of a head, in the CPU kernel
+_GPU_WIDTH = 256  # of a head, in the GPU kernel: more does not fit in a block's registers
 _LANES = 128  # of a TPU: the width of a head is a multiple
 
 
@@ -29,14 +32,14 @@ class Pages:
         `[pages, K, page_size, H]`: a vector is one feature of 16 keys, or 16 features of one value.
       k_scale, v_scale: of int8 codes, a float a token and head: `[pages, page_size, K]`, for the kernel
         `[pages, K, page_size]`. None for floats.
-      kernel: whether they lie as the CPU kernel wants them; then it alone writes and reads them.
+      kernel: the platform whose kernel reads them, or None. The CPU's alone writes them too, as they lie as it wants.
     """
 
     k: Shaped[Array, "..."]
     v: Shaped[Array, "..."]
     k_scale: Float[Array, "..."] | None = None
     v_scale: Float[Array, "..."] | None = None
-    kernel: bool = dataclasses.field(default=False, metadata={"static": True})
+    kernel: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -76,10 +79,10 @@ def init_pages(
       heads, width: K and H.
       dtype: what keys and values are kept in; int8 is rounded to, with a scale a token and head.
       kernel: lay them out for the platform's own kernel where there is one (CPU: float32, bfloat16 or
-        int8, page_size and width multiples of 16; TPU: float32 or bfloat16, heads and width padded to
-        what it takes). `attention` runs that kernel on these pages and no others. For programs of one
-        device and the body of a `shard_map`: under automatic partitioning a kernel would gather its
-        arguments.
+        int8, page_size and width multiples of 16; GPU: width 256 at most; TPU: float32 or bfloat16, heads
+        and width padded to what it takes). `attention` runs that kernel on these pages and no others. For
+        programs of one device and the body of a `shard_map`: under automatic partitioning a kernel would
+        gather its arguments.
       sinks: the layer has some, which the TPU's kernel does not know.
       platform: where they will be used; that of the default devices if None.
 
@@ -87,7 +90,7 @@ def init_pages(
       ValueError: for int8 in the TPU's kernel.
 
     Warns:
-      UserWarning: where the TPU's kernel costs padding, or cannot serve.
+      UserWarning: where the TPU's kernel costs padding, or the TPU's or the GPU's cannot serve.
     """
     dtype = jnp.dtype(dtype)
     platform = platform or jax.default_backend()
@@ -96,25 +99,39 @@ def init_pages(
         shape = _tpu_shape(heads // parts, width, dtype)
         return CombinedPages(tuple(jnp.zeros((count, page_size, *shape), dtype) for _ in range(parts)))
     scales = dtype == jnp.int8
-    kernel = kernel and _fits(page_size, width, dtype, platform)
+    on_cpu = kernel and platform == "cpu" and _cpu_serves(page_size, width, dtype)
+    on_gpu = kernel and platform == "gpu" and _gpu_serves(width)
     v_shape: tuple[int, ...] = (
-        (count, heads, page_size, width) if kernel else (count, page_size, heads, width)
+        (count, heads, page_size, width) if on_cpu else (count, page_size, heads, width)
     )
-    k_shape = (count, heads, page_size // GROUP, width, GROUP) if kernel else v_shape
+    k_shape = (count, heads, page_size // GROUP, width, GROUP) if on_cpu else v_shape
     scale_shape = v_shape[:-1]
     scale = lambda: jnp.zeros(scale_shape, jnp.float32) if scales else None
-    return Pages(jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype), scale(), scale(), kernel)
+    reader = platform if on_cpu or on_gpu else None
+    return Pages(jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype), scale(), scale(), reader)
 
 
-def _fits(page_size: int, width: int, dtype: jnp.dtype, platform: str) -> bool:
+def _cpu_serves(page_size: int, width: int, dtype: jnp.dtype) -> bool:
     return (
-        platform == "cpu"
-        and page_size % GROUP == 0
+        page_size % GROUP == 0
         and width % GROUP == 0
         and width <= _MAX_WIDTH
         and dtype in (jnp.float32, jnp.bfloat16, jnp.int8)
         and library.load() is not None
     )
+
+
+def _gpu_serves(width: int) -> bool:
+    if width > _GPU_WIDTH:
+        reason = f"takes heads of width {_GPU_WIDTH} at most, not {width}"
+    elif re.match(r"[1-7]\.", getattr(jax.devices()[0], "compute_capability", "")):
+        reason = "needs an NVIDIA card of compute capability 8.0 or more, as Triton does"
+    elif importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        reason = f"needs Pallas for Triton, which jax {jax.__version__} no longer has"
+    else:
+        return True
+    warnings.warn(f"the GPU's attention kernel {reason}: attention runs in XLA", stacklevel=3)
+    return False
 
 
 def _tpu_serves(dtype: jnp.dtype, sinks: bool) -> bool:
@@ -160,7 +177,8 @@ def write(
         parts = zip(pages.kv, *(jnp.array_split(x, len(pages.kv), axis=1) for x in (k, v)), strict=True)
         return CombinedPages(tuple(put(kv, _combined(k, v, kv)) for kv, k, v in parts))
     (k, k_scale), (v, v_scale) = _encode(k, pages.k.dtype), _encode(v, pages.v.dtype)
-    return jax.tree.map(put, pages, Pages(k, v, k_scale, v_scale))
+    new = dataclasses.replace(pages, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+    return jax.tree.map(put, pages, new)
 
 
 def _combined(k: Float[Array, "T K H"], v: Float[Array, "T K H"], kv: Array) -> Float[Array, "T k2 h"]:

@@ -319,7 +319,6 @@ def test_pages_without_a_kernel():
         init_pages(3, 8, 2, 32, jnp.float32, kernel=True),
         init_pages(3, 16, 2, 10, jnp.float32, kernel=True),
         init_pages(3, 16, 2, 32, jnp.float16, kernel=True),
-        init_pages(3, 16, 2, 32, jnp.float32, kernel=True, platform="gpu"),
     ):
         assert not pages.kernel
         assert pages.k.shape == pages.v.shape == (3, pages.k.shape[1], 2, pages.k.shape[3])
