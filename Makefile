@@ -10,12 +10,14 @@ WORKERS ?= 2
 PROMPT ?= Why is the sky blue?
 
 # Scripts in benchmarks/ that `make verify` runs; each writes its figures into benchmarks/results/. Those of PEER
-# run where it names a Python that has llama-cpp-python.
-BENCHMARKS := long_tests quality
+# run where it names a Python that has llama-cpp-python, and PEER_MODELS the folder with its forms of the model.
+BENCHMARKS := long_tests quality speculation engine_load cpu_attention
 PEER_BENCHMARKS := tokenizer_agreement llama_cpp_loads
 PEER ?=
+PEER_MODELS ?=
+OPENVINO ?=
 define NO_PEER
-*** SKIPPED, as PEER is not set: $(PEER_BENCHMARKS), and the verify tests against llama.cpp.
+*** SKIPPED, as PEER is not set: $(PEER_BENCHMARKS) engine_peers, and the verify tests against llama.cpp.
 *** Their records in benchmarks/results/ are not of this run. To have them:
 ***   python3 -m venv .venv-peer && .venv-peer/bin/pip install llama-cpp-python
 ***   make verify PEER=.venv-peer/bin/python
@@ -53,6 +55,8 @@ verify: .venv/.installed-dev .venv-parity/.installed $(OTHER_PYTHONS:%=test-%) $
 	set -e; for name in $(BENCHMARKS); do $(if $(PEER),JAXOPT_PEER=$(PEER)) $(bin)/python -m benchmarks.$$name; done
 	.venv-parity/bin/python -m benchmarks.transformers_parity
 	set -e; for name in $(if $(PEER),$(PEER_BENCHMARKS)); do $(bin)/python -m benchmarks.$$name --peer=$(PEER); done
+	$(if $(PEER_MODELS),$(bin)/python -m benchmarks.engine_peers --peer=$(PEER) --models=$(PEER_MODELS) $(OPENVINO:%=--openvino=%))
+	$(bin)/python -m benchmarks.step --shape=llama3.2-1b --quantize=int8,int8_block,int4 --batch=1 --dtype=float32 --name=step_1b
 	@$(if $(PEER),,echo "$$NO_PEER" >&2)
 	@$(if $(CUDA),,echo "*** SKIPPED, as there is no python3.12: test-cuda, which compiles for a GPU." >&2)
 
