@@ -7,4 +7,4 @@ from jaxopt_llm.distill import Distillation, Written
 
 
 def config() -> Distillation:
-    return Distillation(written=Written())
+    return Distillation(written=Written(sequences=32), steps=30)

@@ -28,6 +28,11 @@ RESUME = flags.DEFINE_boolean("resume", False, "Continue the run that was interr
 TEACHER_QUANTIZE = flags.DEFINE_string(
     "teacher_quantize", None, "Round the teacher's weights while they are read: int8, int8_block or int4."
 )
+STUDENT_QUANTIZE = flags.DEFINE_string(
+    "student_quantize",
+    None,
+    "Round the student's weights, to train adapters beside them (lora in the config).",
+)
 SPREAD = flags.DEFINE_string("mesh", None, "Devices to spread both models over, such as data=2,tensor=2.")
 
 COLUMNS = {
@@ -51,7 +56,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(
             f"--config={CONFIG.value} is a {type(config).__name__}; distill takes a Distillation"
         )
-    out = out_path(OUT.value, marker=MARKER)
+    adapters = config.lora is not None and not config.lora.merge
+    out = out_path(OUT.value, marker=checkpoints.ADAPTER_MARKER if adapters else MARKER)
     run = out.with_name(f"{out.name}.run")
     held_out = sample_text() if TEXT.value is None else read_text(TEXT.value)
     texts = [read_text(path) for path in TRAIN.value]
@@ -61,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         )
     mesh = None if SPREAD.value is None else MeshSpec.parse(SPREAD.value)
     teacher = load_model(TEACHER.value, mesh=mesh, quantize=TEACHER_QUANTIZE.value)
-    student = load_model(STUDENT.value, mesh=mesh)
+    student = load_model(STUDENT.value, mesh=mesh, quantize=STUDENT_QUANTIZE.value)
     with stages("") as report:
         outcome = d.distill(
             d.Model(*teacher),
@@ -74,7 +80,10 @@ def main(argv: Sequence[str]) -> None:
             progress=report,
             told=show.lines(COLUMNS),
         )
-    checkpoints.save(outcome.model, student[1], out)
+    if config.lora is None or outcome.adapters is None:
+        checkpoints.save(outcome.model, student[1], out)
+    else:
+        checkpoints.export_adapter(student[0].config, outcome.adapters, out, alpha=config.lora.alpha)
     d.finish(run)
     tell(outcome, out)
 

@@ -76,16 +76,15 @@ class Trainer:
         self._update = jax.jit(self._step, donate_argnums=0)
 
     def start(self) -> State:
-        """Before the first step."""
+        """Before the first step, which gives the student's own arrays away: it can be had once."""
         params = self.student.params
         projections = {str(layer): jnp.eye(*self._widths, dtype=jnp.float32) for layer in self._pairs}
-        copy = lambda tree: jax.tree.map(jnp.copy, tree)
         return State(
             step=jnp.zeros((), jnp.int32),
-            student=copy(params),  # which the first step gives away
+            student=params,
             projections=projections,
             moments=self.optimizer.init((params, projections)),
-            mean=None if self.config.optimizer.ema is None else copy(params),
+            mean=None if self.config.optimizer.ema is None else jax.tree.map(jnp.copy, params),
         )
 
     def step(

@@ -74,38 +74,37 @@ class Student:
           seed: of the adapters' first values.
 
         Raises:
-          ValueError: for quantized weights without adapters, or targets that name nothing.
+          ValueError: for quantized weights without adapters, targets that name nothing, or adapters to merge into
+            quantized weights.
         """
         values, skeleton = weights(model), abstract(model.config, dtype)
-        if lora is not None:
-            return cls(
-                skeleton=skeleton, params=_adapters(values, lora, seed), frozen=values, lora=lora, remat=remat
-            )
         codes = next((name for name, value in values.items() if isinstance(value, QArray)), None)
+        if lora is not None:
+            if codes and lora.merge:
+                raise ValueError(
+                    f"{codes} of the student is quantized, and rounding it again would lose most of what an adapter "
+                    "adds; set lora.merge=false"
+                )
+            adapters = _adapters(values, lora, seed)
+            return cls(skeleton=skeleton, params=adapters, frozen=values, lora=lora, remat=remat)
         if codes:
             raise ValueError(
                 f"{codes} of the student is quantized, and rounded weights cannot be trained; set lora to train "
                 "adapters beside them, or give a float student"
             )
-        # A copy even where nothing changes: the step donates its state, and the caller's model stays.
+        # A copy even where nothing changes: the first step gives it away, and the caller's model stays.
         trained = {name: jnp.array(value, jnp.float32, copy=True) for name, value in values.items()}
         return cls(skeleton=skeleton, params=trained, frozen={}, remat=remat)
 
     def model(self, params: Params, frozen: Params) -> Transformer:
         """The model that these make: to train where `params` are, or to run."""
-        if self.lora is None:
-            model = with_weights(self.skeleton, {**frozen, **params})
-        else:
-            model = with_weights(self.skeleton, frozen)
-            for name in sorted({name.rsplit(".", 1)[0] for name in params}):
-                *place, part = name.removesuffix(".weight").split(".")
-                owner = _part(model, place)
-                scale = self.lora.alpha / self.lora.rank
-                setattr(
-                    owner,
-                    part,
-                    _Adapted(getattr(owner, part), params[f"{name}.A"], params[f"{name}.B"], scale),
-                )
+        values = frozen if self.lora else {**frozen, **params}
+        model = with_weights(self.skeleton, values)
+        for name, scale in self._adapted(params):
+            *place, part = name.removesuffix(".weight").split(".")
+            owner = _part(model, place)
+            adapter = _Adapted(getattr(owner, part), params[f"{name}.A"], params[f"{name}.B"], scale)
+            setattr(owner, part, adapter)
         if self.remat:
             model.layers = nnx.List(_Remat(layer) for layer in model.layers)
         return model
@@ -120,24 +119,24 @@ class Student:
         return name.startswith("embed." if self.skeleton.config.tied else "head.")
 
     def merged(self, params: Params, dtype: Any) -> Transformer:
-        """The trained model by itself, without adapters, its floats in `dtype`.
-
-        Raises:
-          ValueError: if an adapter stands beside a quantized weight.
-        """
+        """The trained model by itself, its floats in `dtype`; weights with an adapter in them are floats."""
         values: dict[str, Any] = {**self.frozen, **({} if self.lora else params)}
-        for name in {name.rsplit(".", 1)[0] for name in params} if self.lora else ():
+        for name, scale in self._adapted(params):
             weight = values[name]
-            if isinstance(weight, QArray):
-                raise ValueError(
-                    f"{name} is quantized, and adding an adapter would round it again; set lora.merge=false"
-                )
-            scale = self.lora.alpha / self.lora.rank if self.lora else 1.0
-            change = params[f"{name}.B"] @ params[f"{name}.A"] * scale
-            values[name] = (weight.astype(jnp.float32) + change).astype(weight.dtype)
+            whole = (
+                weight.dequantize(jnp.float32) if isinstance(weight, QArray) else weight.astype(jnp.float32)
+            )
+            values[name] = whole + params[f"{name}.B"] @ params[f"{name}.A"] * scale
         cast = lambda value: value if isinstance(value, QArray) else value.astype(dtype)
         skeleton = abstract(self.skeleton.config, dtype)
         return with_weights(skeleton, {name: cast(value) for name, value in values.items()})
+
+    def _adapted(self, params: Params) -> list[tuple[str, float]]:
+        """The weights that have an adapter, and what its product is multiplied by."""
+        if self.lora is None:
+            return []
+        scale = self.lora.alpha / self.lora.rank
+        return [(name.removesuffix(".A"), scale) for name in params if name.endswith(".A")]
 
 
 def _adapters(values: Params, lora: LoRA, seed: int) -> dict[str, Array]:
