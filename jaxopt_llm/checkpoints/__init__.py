@@ -1,5 +1,7 @@
 """Floor 3: checkpoints in and out."""
 
+from jaxopt_llm.checkpoints.adapter_config import CONFIG as ADAPTER_MARKER
+from jaxopt_llm.checkpoints.adapter_export import export as export_adapter
 from jaxopt_llm.checkpoints.adapters import Adapter, load_adapter
 from jaxopt_llm.checkpoints.files import CheckpointError
 from jaxopt_llm.checkpoints.gguf_export import export as export_gguf
@@ -19,10 +21,12 @@ from jaxopt_llm.checkpoints.orbax import save
 from jaxopt_llm.checkpoints.resolve import ALIASES, resolve
 
 __all__ = [
+    "ADAPTER_MARKER",
     "ALIASES",
     "Adapter",
     "CheckpointError",
     "default_dtype",
+    "export_adapter",
     "export_gguf",
     "export_hf",
     "file_bytes",

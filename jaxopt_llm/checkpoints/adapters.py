@@ -23,7 +23,7 @@ from jaxopt_llm.models.families import family
 
 WEIGHTS = "adapter_model.safetensors"
 _ENDS = {"embed.weight", "head.weight"}  # PEFT saves them whole where the vocabulary has grown
-_PREFIX = "base_model.model."  # what PEFT puts before the names of the model that it wraps
+PREFIX = "base_model.model."  # what PEFT puts before the names of the model that it wraps
 _PART = re.compile(r"(.+)\.lora_(?:(?:embedding_)?(A|B)|(magnitude)_vector)(?:\.weight)?")
 
 
@@ -259,7 +259,7 @@ def load_adapter(source: str | Path) -> Adapter:
         ]
         if strange:
             raise CheckpointError(path / WEIGHTS, strange)
-        tensors = {name.removeprefix(_PREFIX): tensor.read() for name, tensor in file.items()}
+        tensors = {name.removeprefix(PREFIX): tensor.read() for name, tensor in file.items()}
     return Adapter(path=path, config=config, tensors=tensors)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 # What says that a directory is a checkpoint: a file, and a key in it, for other programs write a config.json too.
-_MARKERS = {"config.json": "model_type", "jaxopt_llm.json": "version"}
+_MARKERS = {"config.json": "model_type", "jaxopt_llm.json": "version", "adapter_config.json": "peft_type"}
 # All that we and transformers' `save_pretrained` write into one.
 _WRITTEN = re.compile(
     r"(config|generation_config|jaxopt_llm|model\.safetensors\.index)\.json"
@@ -24,6 +24,7 @@ _WRITTEN = re.compile(
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
     r"|(preprocessor|processor|video_preprocessor)_config\.json"
     r"|tokenizer\.model|merges\.txt|chat_template\.jinja|additional_chat_templates(/[^/]+\.jinja)?"
+    r"|adapter_config\.json|adapter_model\.safetensors"  # PEFT
     r"|params(/.*)?"  # Orbax
 )
 _ATTEMPTS = 20  # to remove a directory

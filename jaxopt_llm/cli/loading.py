@@ -30,14 +30,19 @@ def load_draft(
 
 
 def load(source: str, *, mesh: str | None = None, **options: Any) -> tuple[Transformer, Tokenizer | None]:
-    """`checkpoints.load`, its progress on stderr.
+    """`load_model`.
 
     Raises:
       ValueError: also for a mesh with a data axis: no command splits a batch.
     """
     spec = None if mesh is None else MeshSpec.parse(mesh)
     if spec and spec.data > 1:
-        raise ValueError(f"--mesh={mesh}: commands do not split batches over data yet; leave data at 1")
+        raise ValueError(f"--mesh={mesh}: this command does not split batches over data yet; leave data at 1")
+    return load_model(source, mesh=spec, **options)
+
+
+def load_model(source: str, **options: Any) -> tuple[Transformer, Tokenizer | None]:
+    """`checkpoints.load`, its progress on stderr, on any mesh."""
     advance: Callable[[float], None] | None = None
     done = 0
     with contextlib.ExitStack() as stack:
@@ -49,4 +54,4 @@ def load(source: str, *, mesh: str | None = None, **options: Any) -> tuple[Trans
             advance(placed - done)
             done = placed
 
-        return checkpoints.load(source, mesh=spec, progress=progress, **options)
+        return checkpoints.load(source, progress=progress, **options)

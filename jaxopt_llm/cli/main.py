@@ -23,6 +23,7 @@ COMMANDS = {
     "chat": ("jaxopt_llm.cli.chat", "talk to a model in the terminal"),
     "eval": ("jaxopt_llm.cli.evaluate", "perplexity of a model, and its distance to another"),
     "optimize": ("jaxopt_llm.cli.optimize", "make a model smaller and faster, and tell what that cost"),
+    "distill": ("jaxopt_llm.cli.distill", "train a small model to predict what a large one predicts"),
     "convert": ("jaxopt_llm.cli.convert", "write a model in another format: orbax, hf, gguf"),
     "bench engine": ("jaxopt_llm.cli.bench_engine", "time the engine on a model"),
     "inspect": ("jaxopt_llm.cli.inspect", "family, shapes and bytes of a model, without loading it"),

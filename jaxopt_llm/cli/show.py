@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -79,6 +80,23 @@ def progress(description: str, total: float, unit: str = "") -> Iterator[Callabl
     with Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(description, total=total)
         yield lambda amount: bars.advance(task, amount)
+
+
+def lines(columns: Mapping[str, str]) -> Callable[[Mapping[str, Any]], None]:
+    """A table on stderr that grows a row at a time, above a bar if one is there; gives `told(row)`.
+
+    Args:
+      columns: keys of a row, and what they are called; what the first row lacks has no column.
+    """
+    shown: dict[str, str] = {}
+
+    def told(row: Mapping[str, Any]) -> None:
+        if not shown:
+            shown.update({key: name for key, name in columns.items() if key in row})
+            print(*(name.rjust(13) for name in shown.values()), file=sys.stderr)
+        print(*(_cell(row[key]).rjust(13) for key in shown), file=sys.stderr)
+
+    return told
 
 
 class _Rate(ProgressColumn):
