@@ -73,7 +73,8 @@ _SCALES = {
 
 def write_q4_k_m(path: Path) -> None:
     """A file of the types that llama.cpp's Q4_K_M mixes, Q5_0 where rows are too short for Q4_K; random codes."""
-    wide = model("llama", hidden_size=256, intermediate_size=512, head_dim=64)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    wide = model("llama", hidden_size=256, intermediate_size=512, **heads)
     checkpoints.export_gguf(wide, None, path, dtype="F32")
     with gguf.open_file(path) as source:
         metadata, floats = source.metadata, {name: tensor.read() for name, tensor in source.items()}

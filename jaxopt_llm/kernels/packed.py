@@ -71,19 +71,13 @@ def pack(
     _check(weights, gate)
     gain, eps = (None, 0.0) if norm is None else (norm[0].astype(jnp.float32), norm[1])
     has_kernels = (platform or jax.default_backend()) == "cpu" and library.load() is not None
-    runs = [
-        (form, list(run))
-        for form, run in itertools.groupby(weights, panels.form if has_kernels else _no_form)
-    ]
+    form_of = panels.form if has_kernels else lambda _: None
+    runs = [(form, list(run)) for form, run in itertools.groupby(weights, form_of)]
     paired = gate is not None and len(runs) == 1  # a kernel's gate takes panels of both halves
     parts: list[Panels | Weight] = []
     for form, run in runs:
         parts += run if form is None else [panels.pack(run, paired=paired)]
     return Packed(parts=tuple(parts), biases=_biases(bias, parts), gain=gain, eps=eps, gate=gate)
-
-
-def _no_form(w: Weight) -> None:
-    """Where there are no kernels."""
 
 
 def _biases(bias: Array | None, parts: Sequence[Panels | Weight]) -> tuple[Array | None, ...]:
