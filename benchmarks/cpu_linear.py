@@ -19,7 +19,7 @@ from absl import app, flags
 from jaxopt_llm.kernels import Packed, QArray, linear, pack
 from jaxopt_llm.kernels.cpu import library
 
-_FORMATS = flags.DEFINE_list("formats", ["int8_block", "int4", "int8"], "Which forms of weights.")
+_FORMATS = flags.DEFINE_list("formats", ["int8_block", "int4", "int8", "q6_k"], "Which forms of weights.")
 _REPEATS = flags.DEFINE_integer("repeats", 30, "Runs of each figure.", lower_bound=3)
 _ROWS = flags.DEFINE_list("rows", ["1", "8", "512"], "Rows of the whole stack.")
 
@@ -38,6 +38,8 @@ def weight(form: str, outputs: int, inputs: int) -> QArray:
     codes = jnp.asarray(rng.integers(-127, 128, (outputs, inputs), np.int8))
     if form == "int8":
         return QArray(codes, jnp.full((outputs, 1), 1e-3))
+    if form == "q6_k":
+        return QArray(codes, jnp.full((outputs, inputs // 16), 1e-3), act=(8, 32))
     return QArray(codes, scale, act=(8, 32))
 
 

@@ -85,8 +85,9 @@ def native_form(storage: str) -> NativeForm:
 def native(raw: np.ndarray, storage: str) -> NativeBlocks:
     """Codes and scales of rows of blocks, uint8 `[..., bytes of a row]`; a piece at a time, as `dequantize`.
 
-    Q8_0, Q4_0 and Q4_1 lose nothing. Q4_K and Q6_K hold a float16 scale for 256 elements and a small integer
-    for 32 or 16 of them: here they are multiplied out, in float32, as their dequantizer does.
+    Q8_0 and those of 4 and 5 bits lose nothing; codes of 5 or 6 bits take a byte. The K types hold a float16 scale for
+    256 elements and a small integer for 32 or 16 of them: here they are multiplied out, in float32, as their
+    dequantizer does.
     """
     form, (elements, nbytes) = native_form(storage), SIZES[storage]
     rows = raw.shape[:-1]
@@ -142,11 +143,37 @@ def _split_q4_1(raw: np.ndarray) -> NativeBlocks:
     return NativeBlocks(_nibbles(raw[:, 4:], 16), raw[:, :2].view(np.float16), raw[:, 2:4].view(np.float16))
 
 
-def _split_q4_k(raw: np.ndarray) -> NativeBlocks:
+def _five_bits(raw: np.ndarray) -> np.ndarray:
+    """Codes of 32 elements: their highest bits, then the four below, of the first half in the low nibbles."""
+    low = raw[:, 4:].reshape(-1, 1, 16) >> np.array([[0], [4]], np.uint8) & 15
+    high = np.unpackbits(raw[:, :4], axis=1, bitorder="little")
+    return (low.reshape(-1, 32) | high << 4).view(np.int8)
+
+
+def _split_q5_0(raw: np.ndarray) -> NativeBlocks:
+    return NativeBlocks(_five_bits(raw[:, 2:]) - np.int8(16), raw[:, :2].view(np.float16), None)
+
+
+def _split_q5_1(raw: np.ndarray) -> NativeBlocks:
+    return NativeBlocks(_five_bits(raw[:, 4:]), raw[:, :2].view(np.float16), raw[:, 2:4].view(np.float16))
+
+
+def _affine_k(raw: np.ndarray, codes: np.ndarray) -> NativeBlocks:
+    """Q4_K and Q5_K, which begin alike."""
     d, d_min = raw[:, :4].view(np.float16).astype(np.float32).T[..., None]
     scale, minimum = gguf.quants.Q4_K.get_scale_min(np.ascontiguousarray(raw[:, 4:16]))
     with np.errstate(all="ignore"):
-        return NativeBlocks(_nibbles(raw[:, 16:], 32), d * scale, -(d_min * minimum))
+        return NativeBlocks(codes, d * scale, -(d_min * minimum))
+
+
+def _split_q4_k(raw: np.ndarray) -> NativeBlocks:
+    return _affine_k(raw, _nibbles(raw[:, 16:], 32))
+
+
+def _split_q5_k(raw: np.ndarray) -> NativeBlocks:
+    low = raw[:, 48:].reshape(-1, 4, 1, 32) >> np.array([[0], [4]], np.uint8) & 15
+    high = raw[:, 16:48].reshape(-1, 1, 32) >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    return _affine_k(raw, (low.reshape(-1, 256) | high.reshape(-1, 256) << 4).view(np.int8))
 
 
 def _split_q6_k(raw: np.ndarray) -> NativeBlocks:
@@ -162,6 +189,9 @@ _NATIVE = {
     "Q8_0": NativeForm(8, 32, np.float16, False, _split_q8_0),
     "Q4_0": NativeForm(4, 32, np.float16, False, _split_q4_0),
     "Q4_1": NativeForm(4, 32, np.float16, True, _split_q4_1),
+    "Q5_0": NativeForm(8, 32, np.float16, False, _split_q5_0),
+    "Q5_1": NativeForm(8, 32, np.float16, True, _split_q5_1),
     "Q4_K": NativeForm(4, 32, np.float32, True, _split_q4_k),
+    "Q5_K": NativeForm(8, 32, np.float32, True, _split_q5_k),
     "Q6_K": NativeForm(8, 16, np.float32, False, _split_q6_k),
 }

@@ -1,7 +1,7 @@
 """Products with plain or quantized weights: the `jax.numpy` definition."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def linear(x: Float[Array, "*B I"], w: Weight | Packed) -> Float[Array, "*B O"]:
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(f"x has {x.shape[-1]} input features but w has {w.shape[-1]}")
     if isinstance(w, Packed):
-        return _packed_linear(x, w)
+        return fused(x, w, linear)
     if isinstance(w, QArray):
         return _quantized_linear(x, w)
     return _dot(x, w.astype(x.dtype))
@@ -57,39 +57,48 @@ def embed(ids: Int[Array, "*B"], w: Weight | Packed, dtype: jnp.dtype) -> Float[
 
 
 def _packed_rows(ids: Array, w: Packed, dtype: jnp.dtype) -> Array:
-    if isinstance(w.weight, Panels):
-        return w.weight.dequantize_rows(ids, dtype)
-    if len(w.weight) > 1:
-        raise ValueError(f"a table is one weight, but {len(w.weight)} were packed together")
-    return embed(ids, w.weight[0], dtype)
+    if len(w.parts) > 1:
+        raise ValueError(f"a table is one weight, but {len(w.parts)} were packed together")
+    (table,) = w.parts
+    return table.dequantize_rows(ids, dtype) if isinstance(table, Panels) else embed(ids, table, dtype)
 
 
-def _packed_linear(x: Array, w: Packed) -> Array:
-    if not isinstance(w.weight, Panels):
-        return unfused(x, w, w.weight, linear)
-    rows = x.reshape(-1, x.shape[-1])
-    y = product(rows, w.weight, bias=w.bias, gain=w.gain, eps=w.eps, gate=w.gate)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def unfused(
+def fused(
     x: Float[Array, "*B I"],
     w: Packed,
-    weights: Sequence[Weight],
-    product: Callable[[Array, Weight], Array],
-    expert: Int[Array, "*B"] | None = None,
+    multiply: Callable[[Array, Weight], Array],
+    sizes: Int[Array, "E"] | None = None,
 ) -> Float[Array, "*B O"]:
-    """What a kernel computes, one operation after another; `expert` is each row's where there are experts."""
-    if w.gain is not None:
-        x = rms_norm(x, w.gain, eps=w.eps)
-    y = jnp.concatenate([product(x, part) for part in weights], axis=-1)
-    if w.bias is not None:
-        bias = per_feature(w.bias, y) if expert is None else w.bias[expert]
-        y = y + bias.astype(y.dtype)
-    if w.gate is None:
+    """What `pack` promises: one call for each part with a kernel, one operation after another for others.
+
+    Args:
+      x: activations; with `sizes` rows sorted by expert.
+      w: what `pack` made.
+      multiply: the product with a weight that has no kernel.
+      sizes: rows of each expert, where there are experts.
+    """
+    gate = w.gate if len(w.parts) == 1 else None  # which one kernel applies
+    outputs = []
+    for part, bias in zip(w.parts, w.biases, strict=True):
+        if isinstance(part, Panels):
+            y = product(x, part, bias=bias, gain=w.gain, eps=w.eps, gate=gate, sizes=sizes)
+        else:
+            y = multiply(x if w.gain is None else rms_norm(x, w.gain, eps=w.eps), part)
+            if bias is not None:
+                y = y + _spread(bias.astype(y.dtype), y, sizes)
+        outputs.append(y)
+    y = jnp.concatenate(outputs, axis=-1)
+    if w.gate is None or gate is not None:
         return y
-    gate, up = jnp.split(y, 2, axis=-1)
-    return _GATES[w.gate](gate) * up
+    first, second = jnp.split(y, 2, axis=-1)
+    return _GATES[w.gate](first) * second
+
+
+def _spread(bias: Array, y: Array, sizes: Array | None) -> Array:
+    """The bias of each row."""
+    if sizes is None:
+        return per_feature(bias, y)
+    return bias[jnp.repeat(jnp.arange(len(bias)), sizes, total_repeat_length=len(y))]
 
 
 def _dot(x: Array, w: Array, dtype: jnp.dtype | None = None) -> Array:

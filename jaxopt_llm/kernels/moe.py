@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxopt_llm.kernels.cpu.panels import Panels
-from jaxopt_llm.kernels.cpu.product import product
-from jaxopt_llm.kernels.linear import linear, round_activations, unfused
+from jaxopt_llm.kernels.linear import fused, linear, round_activations
 from jaxopt_llm.kernels.packed import Packed
 from jaxopt_llm.kernels.qarray import QArray, Weight
 from jaxopt_llm.kernels.tpu import megablox
@@ -31,19 +29,14 @@ def grouped_linear(x: Float[Array, "M I"], w: Weight | Packed, sizes: Int[Array,
       w: weights `[E, O, I]`, or what `pack` made of some.
       sizes: rows of each expert; their sum is M.
     """
-    return _packed(x, w, sizes) if isinstance(w, Packed) else _grouped(x, w, sizes)
+    if isinstance(w, Packed):
+        return fused(x, w, lambda x, part: _grouped(x, part, sizes, kernel=True), sizes)
+    return _grouped(x, w, sizes)
 
 
 def _grouped(x: Array, w: Weight, sizes: Array, *, kernel: bool = False) -> Array:
     on_tpu = megablox if kernel and not isinstance(w, QArray) else _ragged
     return jax.lax.platform_dependent(x, w, sizes, cpu=_blocks, tpu=on_tpu, default=_ragged)
-
-
-def _packed(x: Array, w: Packed, sizes: Array) -> Array:
-    if isinstance(w.weight, Panels):
-        return product(x, w.weight, bias=w.bias, gain=w.gain, eps=w.eps, gate=w.gate, sizes=sizes)
-    expert = jnp.repeat(jnp.arange(w.shape[0]), sizes, total_repeat_length=x.shape[0])
-    return unfused(x, w, w.weight, lambda x, part: _grouped(x, part, sizes, kernel=True), expert)
 
 
 def _ragged(x: Array, w: Weight, sizes: Array) -> Array:

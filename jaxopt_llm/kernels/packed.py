@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,15 +22,15 @@ class Packed:
     """A fused product, made by `pack` and understood by `linear`, `grouped_linear` and `embed` alone.
 
     Attributes:
-      weight: panels for the CPU kernels, or the weights themselves where there is no kernel.
-      bias: added to the product; in panels where the weight is.
+      parts: whose outputs follow one another: panels for the CPU kernels, or a weight where there is no kernel.
+      biases: of each part, or none; in panels where the part is.
       gain: of the norm before the product.
       eps: of that norm.
       gate: the activation of the first half, which the second half is multiplied with.
     """
 
-    weight: Panels | tuple[Any, ...]
-    bias: Any = None
+    parts: tuple[Panels | Any, ...]
+    biases: tuple[Any, ...]
     gain: Any = None
     eps: float = dataclasses.field(default=0.0, metadata={"static": True})
     gate: str | None = dataclasses.field(default=None, metadata={"static": True})
@@ -37,11 +38,8 @@ class Packed:
     @property
     def shape(self) -> tuple[int, ...]:
         """Experts, if there are any, features of the result and of the input."""
-        if isinstance(self.weight, Panels):
-            *experts, rows, features = self.weight.shape
-        else:
-            *experts, rows, features = self.weight[0].shape
-            rows = sum(w.shape[-2] for w in self.weight)
+        *experts, _, features = self.parts[0].shape
+        rows = sum(part.shape[-2] for part in self.parts)
         return *experts, (rows if self.gate is None else rows // 2), features
 
     @property
@@ -72,16 +70,31 @@ def pack(
     """
     _check(weights, gate)
     gain, eps = (None, 0.0) if norm is None else (norm[0].astype(jnp.float32), norm[1])
-    platform = platform or jax.default_backend()
-    if platform != "cpu" or library.load() is None or not panels.fits(weights):
-        return Packed(weight=tuple(weights), bias=bias, gain=gain, eps=eps, gate=gate)
-    if bias is not None:
-        halves = jnp.split(bias.astype(jnp.float32), 2 if gate else 1, axis=-1)
-        arrange = functools.partial(panels.arrange, paired=gate is not None)
-        bias = arrange(halves) if bias.ndim == 1 else jax.vmap(arrange)(halves)
-    return Packed(
-        weight=panels.pack(weights, paired=gate is not None), bias=bias, gain=gain, eps=eps, gate=gate
+    has_kernels = (platform or jax.default_backend()) == "cpu" and library.load() is not None
+    form_of = panels.form if has_kernels else lambda _: None
+    runs = [(form, list(run)) for form, run in itertools.groupby(weights, form_of)]
+    paired = gate is not None and len(runs) == 1  # a kernel's gate takes panels of both halves
+    parts: list[Panels | Weight] = []
+    for form, run in runs:
+        parts += run if form is None else [panels.pack(run, paired=paired)]
+    return Packed(parts=tuple(parts), biases=_biases(bias, parts), gain=gain, eps=eps, gate=gate)
+
+
+def _biases(bias: Array | None, parts: Sequence[Panels | Weight]) -> tuple[Array | None, ...]:
+    """Each part's own, in panels where the part is."""
+    if bias is None:
+        return (None,) * len(parts)
+    borders = list(itertools.accumulate(part.shape[-2] for part in parts))[:-1]
+    return tuple(
+        _in_panels(own.astype(jnp.float32), part) if isinstance(part, Panels) else own
+        for own, part in zip(jnp.split(bias, borders, axis=-1), parts, strict=True)
     )
+
+
+def _in_panels(bias: Array, part: Panels) -> Array:
+    halves = jnp.split(bias, 2 if part.paired else 1, axis=-1)
+    arrange = functools.partial(panels.arrange, paired=part.paired)
+    return arrange(halves) if bias.ndim == 1 else jax.vmap(arrange)(halves)
 
 
 def _check(weights: Sequence[Weight], gate: str | None) -> None:

@@ -56,7 +56,7 @@ def test_read_of_blocks_is_indexing_of_values(tmp_path, monkeypatch, index, chun
     np.testing.assert_array_equal(got, blocks.dequantize(raw, storage)[index])
 
 
-@pytest.mark.parametrize("storage", ["Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("storage", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
 @pytest.mark.parametrize("chunk", [64, 4 << 20])
 def test_native_is_indexing_of_codes_and_scales(tmp_path, monkeypatch, storage, chunk):
     monkeypatch.setattr(files, "_CHUNK", chunk)

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from flax import nnx
 import jaxopt_llm as jo
 from jaxopt_llm.models import Transformer, weights, with_weights
 from jaxopt_llm.models.families import parse_config
-from tests import families
+from tests import exportable, families
 
 LENGTH = 96  # of every forward here, so that it compiles once a model
 TIE, ROUNDED_TIE = (
@@ -51,6 +53,15 @@ def wide(format: str | None = None) -> Transformer:
     """One whose sizes suit the packed kernels, with a window in one layer."""
     model = tiny("mistral", d_model=64, d_ff=128, head_dim=32, vocab_size=96, windows=(16, None))
     return model if format is None else jo.quantize(model, format)
+
+
+@functools.cache
+def q4_k_m() -> Transformer:
+    """One out of a file that mixes several forms of weights, as most files do."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "model.gguf")
+        exportable.write_q4_k_m(path)
+        return jo.load(path, dtype="native")[0]
 
 
 @contextlib.contextmanager

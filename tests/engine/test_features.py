@@ -102,12 +102,12 @@ def test_int8_pages():
         assert len(prompt) < 20 or np.abs(score.logprobs - expected).max() > 1e-3
 
 
-@pytest.mark.parametrize("format", ["int8_block", "int8"])
-def test_neighbours_change_no_bit(format):
+@pytest.mark.parametrize("name", ["int8_block", "int8", "q4_k_m"])
+def test_neighbours_change_no_bit(name):
     """Tokens and log-probabilities of a quantized model, whose products run in our kernels."""
     if library.load() is None:
         pytest.skip("without the CPU kernels XLA sums a row as it likes")
-    model = oracle.wide(format)
+    model = oracle.q4_k_m() if name == "q4_k_m" else oracle.wide(name)
     engine = Engine(model, None, dataclasses.replace(SIZES, prefix_cache=False))
     prompts = oracle.prompts(90, *LENGTHS, 12, 33, 5, seed=3)
     together = greedy(engine, prompts, logprobs=3)

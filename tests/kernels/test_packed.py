@@ -82,11 +82,14 @@ def test_bytes_stay_small():
 
 
 def test_forms_without_kernel_stay_as_they_are():
-    assert isinstance(pack([block(0, 8)]).weight, Panels)
-    for others in ([block(0, 8), FORMATS["int8"].quantize(normal(1, 8, 64))], [normal(0, 8, 64)]):
-        assert pack(others).weight == tuple(others)
-    wide = QArray(jnp.zeros((8, 48), jnp.int8), jnp.ones((8, 3)))
-    assert pack([wide]).weight == (wide,)
+    assert isinstance(pack([block(0, 8)]).parts[0], Panels)
+    odd = QArray(jnp.zeros((8, 64), jnp.int8), jnp.ones((8, 8)))  # groups of 8
+    for other in (normal(0, 8, 64), odd):
+        assert pack([other]).parts == (other,)
+        panels, alone, last = pack([block(0, 8), other, block(1, 8)]).parts
+        assert isinstance(panels, Panels)
+        assert alone is other
+        assert isinstance(last, Panels)
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,7 @@ ffi::Error linear(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyB
   const auto shape = scale.dimensions();
   args.panels = shape[shape.size() - 3];
   args.scales = shape[shape.size() - 2];
+  args.block = args.inputs / args.scales % kRounded == 0 ? kRounded : kRounded / 2;
   args.bits = bits;
   args.round = round;
   args.x_bytes = round ? 1 : kernels.float_bytes;

@@ -1,10 +1,11 @@
 // The product of activations with packed weights: what its parts tell each other.
 //
 // Weights come in panels of 16 outputs, so that a vector holds one value of each output and no sum runs across lanes.
-// Within a panel, a block is 32 inputs: `[panel][block][vector][16 outputs][4 inputs]`. Bytes are codes + 128. A byte of
-// nibbles holds the codes of inputs 8k + j (low) and 8k + 4 + j (high), of 8 vectors' worth in 4.
+// Within a panel: `[vector][16 outputs][4 inputs]`. Bytes are codes + 128. A byte of nibbles holds the codes of inputs
+// 8k + j (low) and 8k + 4 + j (high), of 2 vectors' worth in 1.
 //
-// Rows of activations come in tiles of a few rows: `[block][row][32 inputs]`. Where activations are not rounded, an
+// A block is inputs that never lie under two scales: 32, or 16 where the weights' groups are no multiple of 32. Rows of
+// activations come in tiles of a few rows: `[block][row][inputs of the block]`. Where activations are not rounded, an
 // instruction set with fast integer dots has three of those to a row, the digits of its fixed-point numbers.
 //
 // A row's arithmetic is the same in a tile of any height, and no sum is split, so its bits depend on nothing beside it.
@@ -15,8 +16,8 @@
 
 namespace jaxopt {
 
-constexpr size_t kLanes = 16;  // outputs of a panel
-constexpr size_t kBlock = 32;  // inputs that share one scale of the activations
+constexpr size_t kLanes = 16;      // outputs of a panel
+constexpr size_t kRounded = 32;  // inputs that share one scale of rounded activations
 constexpr size_t kMostPanels = 2;  // that are multiplied together
 
 enum class FloatType { kF32, kF16, kBF16 };
@@ -30,6 +31,7 @@ struct Floats {
 struct LinearArgs {
   const float* x;  // [rows, inputs]
   size_t rows, inputs;
+  size_t block;  // inputs: `kRounded` or half of it
 
   const float* gain;  // [inputs] of an RMS norm, or null
   float eps;
@@ -39,7 +41,7 @@ struct LinearArgs {
   Floats minimum;  // as scale; data null where codes are symmetric
   size_t panels, scales;
   int bits;               // 8 or 4
-  bool round;             // activations to 8 bits, in blocks
+  bool round;             // activations to 8 bits
   size_t x_bytes;         // of an activation in its tile
 
   const float* bias;  // [panels, 16] or null
@@ -47,7 +49,7 @@ struct LinearArgs {
   float* y;           // [rows, outputs]
   size_t outputs;
 
-  size_t blocks() const { return inputs / kBlock; }
+  size_t blocks() const { return inputs / block; }
   size_t panels_per_group() const { return gate == Gate::kNone ? 1 : 2; }
   // What is added to a code to store it: nibbles beside a minimum are stored as they are.
   int32_t nibble_zero() const { return minimum.data == nullptr ? 8 : 0; }

@@ -8,17 +8,16 @@ namespace {
 using jaxopt::Floats;
 using jaxopt::FloatType;
 using jaxopt::Gate;
-using jaxopt::kBlock;
 using jaxopt::kDigitsOfFloat;
 using jaxopt::kLanes;
 using jaxopt::kMostPanels;
+using jaxopt::kRounded;
 using jaxopt::LinearArgs;
 using jaxopt::Tiles;
 
 constexpr size_t kStripe = simd::kTileRows[0];
-constexpr size_t kVectors = kBlock / 4;  // of four inputs in a block
-constexpr size_t kAhead = 8192;          // bytes of weights that are fetched before they are read
-constexpr size_t kTall = 4;              // stripes that take longer than reading their weights from memory
+constexpr size_t kAhead = 8192;  // bytes of weights that are fetched before they are read
+constexpr size_t kTall = 4;      // stripes that take longer than reading their weights from memory
 constexpr float kSmallest = 1.17549435e-38f;
 
 JAXOPT_INLINE F32 load_floats(Floats from, size_t vector) {
@@ -55,6 +54,7 @@ inline void for_each_tile(const LinearArgs& args, size_t stripe, Use use) {
 // ---- activations ----------------------------------------------------------------------------------------------------
 
 // Where a row goes in its tile: a run of it follows the same run of the row before.
+template <size_t kBlock>
 struct TileRow {
   char* x;
   float* scale;
@@ -75,6 +75,14 @@ struct TileRow {
   }
 
   char* block(size_t index) const { return x + index * height * block_bytes; }
+
+  // A block of rounded values, which add up to `total` times `step`.
+  void set_sum(size_t index, float step, int32_t total) const {
+    const size_t at = index * height;
+    scale[at] = step;
+    sum[at] = step * static_cast<float>(total);
+    start[at] = -total * zero;
+  }
 };
 
 // A row of activations, through the norm if there is one.
@@ -100,52 +108,56 @@ struct InputRow {
   }
 };
 
-// Rounds up to 16 blocks to nearest, so that max|x| becomes 127: their divisions are done at once.
-template <bool kNorm>
-JAXOPT_INLINE void round_blocks(const InputRow<kNorm>& from, const TileRow& to, size_t first, size_t count) {
+// Rounds up to 16 times 32 inputs to nearest, so that max|x| becomes 127: their divisions are done at once.
+template <bool kNorm, size_t kBlock>
+JAXOPT_INLINE void round_groups(const InputRow<kNorm>& from, const TileRow<kBlock>& to, size_t first, size_t count) {
   float scale[kLanes] = {}, step[kLanes], inverse[kLanes];
   for (size_t i = 0; i < count; ++i) {
-    const size_t at = (first + i) * kBlock;
+    const size_t at = (first + i) * kRounded;
     scale[i] = simd::reduce_magnitudes(simd::max_magnitude(from.at(at), from.at(at + kLanes)));
   }
   const F32 scales = simd::div(simd::load(scale), simd::broadcast(127.0f));
-  const F32 steps = simd::max(scales, simd::broadcast(kSmallest));  // a block of zeros has zeros for codes
+  const F32 steps = simd::max(scales, simd::broadcast(kSmallest));  // a group of zeros has zeros for codes
   simd::store(scale, scales);
   simd::store(step, steps);
   simd::store(inverse, simd::div(simd::broadcast(1.0f), steps));
   for (size_t i = 0; i < count; ++i) {
-    const size_t at = (first + i) * kBlock, block = (first + i) * to.height;
+    const size_t at = (first + i) * kRounded, block = at / kBlock, last = (at + kLanes) / kBlock;
     const F32 divisor = simd::broadcast(step[i]), factor = simd::broadcast(inverse[i]);
     const I32 a = simd::clip(simd::round(simd::divide(from.at(at), divisor, factor)), 127);
     const I32 b = simd::clip(simd::round(simd::divide(from.at(at + kLanes), divisor, factor)), 127);
-    int8_t* codes = reinterpret_cast<int8_t*>(to.block(first + i));
-    simd::store_bytes(codes, a);
-    simd::store_bytes(codes + kLanes, b);
-    const int32_t sum = simd::reduce_add(simd::add(a, b));
-    to.scale[block] = scale[i];
-    to.sum[block] = scale[i] * static_cast<float>(sum);
-    to.start[block] = -sum * to.zero;
+    simd::store_bytes(reinterpret_cast<int8_t*>(to.block(block)), a);
+    simd::store_bytes(reinterpret_cast<int8_t*>(to.block(last)) + kLanes % kBlock, b);
+    if constexpr (kBlock == kRounded) {
+      to.set_sum(block, scale[i], simd::reduce_add(simd::add(a, b)));
+    } else {
+      to.set_sum(block, scale[i], simd::reduce_add(a));
+      to.set_sum(last, scale[i], simd::reduce_add(b));
+    }
   }
 }
 
-template <bool kNorm>
-void prepare_rounded(const LinearArgs& args, size_t row, TileRow to) {
+template <bool kNorm, size_t kBlock>
+void prepare_rounded(const LinearArgs& args, size_t row, TileRow<kBlock> to) {
   const InputRow<kNorm> from(args, row);
-  const size_t blocks = args.blocks();
-  size_t block = 0;
-  for (; block + kLanes <= blocks; block += kLanes) round_blocks(from, to, block, kLanes);
-  round_blocks(from, to, block, blocks - block);
+  const size_t groups = args.inputs / kRounded;
+  size_t group = 0;
+  for (; group + kLanes <= groups; group += kLanes) round_groups(from, to, group, kLanes);
+  round_groups(from, to, group, groups - group);
 }
 
-template <bool kNorm>
-void prepare_plain(const LinearArgs& args, size_t row, TileRow to) {
+template <bool kNorm, size_t kBlock>
+void prepare_plain(const LinearArgs& args, size_t row, TileRow<kBlock> to) {
   const InputRow<kNorm> from(args, row);
   for (size_t i = 0; i < args.blocks(); ++i) {
-    const F32 a = from.at(i * kBlock), b = from.at(i * kBlock + kLanes);
     float* values = reinterpret_cast<float*>(to.block(i));
-    simd::store(values, a);
-    simd::store(values + kLanes, b);
-    to.sum[i * to.height] = simd::reduce_add(simd::add(a, b));
+    F32 sum = simd::zero();
+    for (size_t j = 0; j < kBlock; j += kLanes) {
+      const F32 value = from.at(i * kBlock + j);
+      simd::store(values + j, value);
+      sum = simd::add(sum, value);
+    }
+    to.sum[i * to.height] = simd::reduce_add(sum);
   }
 }
 
@@ -153,8 +165,8 @@ void prepare_plain(const LinearArgs& args, size_t row, TileRow to) {
 // 254 is within 127 on either side.
 constexpr float kBase = 254, kMostDigits = 127 * kBase * kBase;
 
-template <bool kNorm>
-void prepare_digits(const LinearArgs& args, size_t row, TileRow to) {
+template <bool kNorm, size_t kBlock>
+void prepare_digits(const LinearArgs& args, size_t row, TileRow<kBlock> to) {
   const InputRow<kNorm> from(args, row);
   F32 most = simd::zero();
   for (size_t i = 0; i < args.inputs; i += kLanes) most = simd::max_magnitude(most, from.at(i));
@@ -188,35 +200,50 @@ void prepare_digits(const LinearArgs& args, size_t row, TileRow to) {
   }
 }
 
-template <bool kNorm>
+template <bool kNorm, size_t kBlock>
 auto prepare_row(const LinearArgs& args) {
-  if (args.round) return prepare_rounded<kNorm>;
-  if constexpr (simd::kDigits) return prepare_digits<kNorm>;
-  else return prepare_plain<kNorm>;
+  if (args.round) return prepare_rounded<kNorm, kBlock>;
+  if constexpr (simd::kDigits) return prepare_digits<kNorm, kBlock>;
+  else return prepare_plain<kNorm, kBlock>;
+}
+
+template <size_t kBlock>
+void prepare_blocks(const LinearArgs& args, const Tiles& tiles, size_t stripe) {
+  const auto prepare = args.gain != nullptr ? prepare_row<true, kBlock>(args) : prepare_row<false, kBlock>(args);
+  for_each_tile(args, stripe, [&](size_t base, size_t height) {
+    for (size_t row = 0; row < height; ++row) {
+      prepare(args, base + row, TileRow<kBlock>(args, tiles, base, row, height));
+    }
+  });
 }
 
 void prepare(const LinearArgs& args, const Tiles& tiles, size_t stripe) {
-  const auto prepare = args.gain != nullptr ? prepare_row<true>(args) : prepare_row<false>(args);
-  for_each_tile(args, stripe, [&](size_t base, size_t height) {
-    for (size_t row = 0; row < height; ++row) prepare(args, base + row, TileRow(args, tiles, base, row, height));
-  });
+  return args.block == kRounded ? prepare_blocks<kRounded>(args, tiles, stripe)
+                                : prepare_blocks<kRounded / 2>(args, tiles, stripe);
 }
 
 // ---- weights --------------------------------------------------------------------------------------------------------
 
+template <size_t kInputs, size_t kVectorBytes>
+struct BlockForm {
+  static constexpr size_t kBlock = kInputs;
+  static constexpr size_t kVectors = kBlock / 4;  // of four inputs
+  static constexpr size_t kBlockBytes = kVectorBytes * kVectors;
+};
+
 // `vector(codes, k)` is the k-th vector of the block that starts there.
-struct ByteForm {
+template <size_t kInputs>
+struct ByteForm : BlockForm<kInputs, 64> {
   using Vector = simd::Bytes;
-  static constexpr size_t kBlockBytes = 64 * kVectors;
 
   static JAXOPT_INLINE Vector vector(const uint8_t* codes, size_t k) {
     return simd::bytes(simd::load_codes(codes + 64 * k));
   }
 };
 
-struct NibbleForm {
+template <size_t kInputs>
+struct NibbleForm : BlockForm<kInputs, 32> {
   using Vector = simd::Nibbles;
-  static constexpr size_t kBlockBytes = 32 * kVectors;
 
   static JAXOPT_INLINE Vector vector(const uint8_t* codes, size_t k) {
     const simd::Codes pair = simd::load_codes(codes + 64 * (k / 2));
@@ -225,20 +252,20 @@ struct NibbleForm {
 };
 
 // Nibbles that `unpack` has made bytes of.
-struct UnpackedForm {
+template <size_t kInputs>
+struct UnpackedForm : BlockForm<kInputs, 64> {
   using Vector = simd::Nibbles;
-  static constexpr size_t kBlockBytes = 64 * kVectors;
 
   static JAXOPT_INLINE Vector vector(const uint8_t* codes, size_t k) {
     return simd::nibbles(simd::load_codes(codes + 64 * k));
   }
 };
 
-inline void unpack(const uint8_t* nibbles, size_t blocks, uint8_t* bytes) {
-  for (size_t i = 0; i < blocks; ++i) {
-    for (size_t k = 0; k < kVectors; ++k) simd::store_codes(bytes + 64 * k, NibbleForm::vector(nibbles, k));
-    nibbles += NibbleForm::kBlockBytes;
-    bytes += UnpackedForm::kBlockBytes;
+inline void unpack(const uint8_t* nibbles, size_t pairs, uint8_t* bytes) {
+  for (size_t i = 0; i < pairs; ++i) {
+    const simd::Codes pair = simd::load_codes(nibbles + 64 * i);
+    simd::store_codes(bytes + 128 * i, simd::low_nibbles(pair));
+    simd::store_codes(bytes + 128 * i + 64, simd::high_nibbles(pair));
   }
 }
 
@@ -345,7 +372,7 @@ struct IntegerRows {
 
   JAXOPT_INLINE void add_block(Weights<Form, kPanels>& weights, RowSums (&sum)[kPanels][kRows]) {
     JAXOPT_UNROLL
-    for (size_t k = 0; k < kVectors; ++k) {
+    for (size_t k = 0; k < Form::kVectors; ++k) {
       typename Form::Vector vector[kPanels];
       JAXOPT_UNROLL
       for (size_t p = 0; p < kPanels; ++p) vector[p] = Form::vector(weights.codes[p], k);
@@ -353,7 +380,7 @@ struct IntegerRows {
       for (size_t r = 0; r < kRows; ++r) {
         JAXOPT_UNROLL
         for (size_t d = 0; d < kDigits; ++d) {
-          const simd::Four four = simd::four_inputs(x + (r * kDigits + d) * kBlock + 4 * k);
+          const simd::Four four = simd::four_inputs(x + (r * kDigits + d) * Form::kBlock + 4 * k);
           JAXOPT_UNROLL
           for (size_t p = 0; p < kPanels; ++p) {
             I32& own = sum[p][r][k % kSums][d];
@@ -363,7 +390,7 @@ struct IntegerRows {
       }
     }
     weights.next();
-    x += kBlock * kRows * kDigits;
+    x += Form::kBlock * kRows * kDigits;
   }
 };
 
@@ -386,7 +413,7 @@ struct PlainRows {
     F32 sum[kPanels][kRows];
     clear(sum);
     JAXOPT_UNROLL
-    for (size_t k = 0; k < kVectors; ++k) {
+    for (size_t k = 0; k < Form::kVectors; ++k) {
       typename Form::Vector vector[kPanels];
       JAXOPT_UNROLL
       for (size_t p = 0; p < kPanels; ++p) vector[p] = Form::vector(weights.codes[p], k);
@@ -397,7 +424,7 @@ struct PlainRows {
         for (size_t p = 0; p < kPanels; ++p) value[p] = code(vector[p], j, zero);
         JAXOPT_UNROLL
         for (size_t r = 0; r < kRows; ++r) {
-          const F32 input = simd::broadcast(x[r * kBlock + 4 * k + j]);
+          const F32 input = simd::broadcast(x[r * Form::kBlock + 4 * k + j]);
           JAXOPT_UNROLL
           for (size_t p = 0; p < kPanels; ++p) sum[p][r] = simd::fma(value[p], input, sum[p][r]);
         }
@@ -409,7 +436,7 @@ struct PlainRows {
       for (size_t r = 0; r < kRows; ++r) total[p][r] = simd::fma(sum[p][r], weights.scale[p], total[p][r]);
     }
     weights.next();
-    x += kBlock * kRows;
+    x += Form::kBlock * kRows;
   }
 };
 
@@ -531,25 +558,28 @@ void multiply_groups(const LinearArgs& args, const Tiles& tiles, const uint8_t* 
   }
 }
 
-void multiply(const LinearArgs& args, const Tiles& tiles, size_t first_group, size_t last_group, size_t first_stripe,
-              size_t last_stripe, uint8_t* unpacked) {
+template <size_t kBlock>
+void multiply_blocks(const LinearArgs& args, const Tiles& tiles, size_t first_group, size_t last_group,
+                     size_t first_stripe, size_t last_stripe, uint8_t* unpacked) {
   const size_t per_group = args.panels_per_group(), most = kMostPanels / per_group;
   for (size_t group = first_group; group < last_group; group += most) {
     const size_t left = last_group - group, groups = left < most ? left : most;
-    const size_t first_block = group * per_group * args.blocks();
+    const uint8_t* codes = args.codes + group * per_group * kLanes * args.inputs * args.bits / 8;
     if (args.bits == 8) {
-      const uint8_t* codes = args.codes + first_block * ByteForm::kBlockBytes;
-      multiply_groups<ByteForm>(args, tiles, codes, group, groups, first_stripe, last_stripe);
-      continue;
-    }
-    const uint8_t* codes = args.codes + first_block * NibbleForm::kBlockBytes;
-    if (is_tall(first_stripe, last_stripe)) {
-      unpack(codes, groups * per_group * args.blocks(), unpacked);
-      multiply_groups<UnpackedForm>(args, tiles, unpacked, group, groups, first_stripe, last_stripe);
+      multiply_groups<ByteForm<kBlock>>(args, tiles, codes, group, groups, first_stripe, last_stripe);
+    } else if (is_tall(first_stripe, last_stripe)) {
+      unpack(codes, groups * per_group * args.inputs / 8, unpacked);
+      multiply_groups<UnpackedForm<kBlock>>(args, tiles, unpacked, group, groups, first_stripe, last_stripe);
     } else {
-      multiply_groups<NibbleForm>(args, tiles, codes, group, groups, first_stripe, last_stripe);
+      multiply_groups<NibbleForm<kBlock>>(args, tiles, codes, group, groups, first_stripe, last_stripe);
     }
   }
+}
+
+void multiply(const LinearArgs& args, const Tiles& tiles, size_t first_group, size_t last_group, size_t first_stripe,
+              size_t last_stripe, uint8_t* unpacked) {
+  const auto multiply = args.block == kRounded ? multiply_blocks<kRounded> : multiply_blocks<kRounded / 2>;
+  multiply(args, tiles, first_group, last_group, first_stripe, last_stripe, unpacked);
 }
 
 inline jaxopt::LinearKernels linear_kernels() { return {kStripe, simd::kDigits ? kDigitsOfFloat : sizeof(float), prepare, multiply}; }

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, TypeGuard
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxopt_llm.kernels.qarray import QArray, Weight
 
 LANES = 16  # outputs of a panel
-BLOCK = 32  # inputs of a block, which share a scale of the rounded activations
+_BLOCK = 16  # inputs, at least, that share a scale of the weights
+_ROUNDED = 32  # inputs that share a scale of rounded activations
 _BYTE_ZERO = 128  # 8-bit codes are stored unsigned, with this added
 _NIBBLE_ZERO = 8  # likewise, 4-bit ones that have no minimum
 _LONGEST_SUM = 2**17  # products of a code and a digit, at most 128 * 127, that an int32 holds
@@ -22,12 +23,12 @@ _SCALES = (jnp.float32, jnp.float16, jnp.bfloat16)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Panels:
-    """Weights `[O, I]` in panels of 16 outputs, blocks of 32 inputs, vectors of 64 bytes.
+    """Weights `[O, I]` in panels of 16 outputs and vectors of 64 bytes.
 
     Of weights `[E, O, I]` every array has a leading dimension of experts.
 
     Attributes:
-      codes: `uint8[panels, I/32, vectors, 16, 4]`, four inputs of 16 outputs a vector. Of 4-bit codes the low nibbles
+      codes: `uint8[panels, vectors, 16, 4]`, four inputs of 16 outputs a vector. Of 4-bit codes the low nibbles
         are one such vector and the high nibbles the next.
       scale: `[panels, scales, 16]`, as stored in the weights.
       minimum: as scale, added to `scale * code`; None for symmetric codes.
@@ -47,14 +48,14 @@ class Panels:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *experts, _, blocks, _, _, _ = self.codes.shape
-        return *experts, self.rows, blocks * BLOCK
+        *experts, _, vectors, _, _ = self.codes.shape
+        return *experts, self.rows, vectors * 4 * 8 // self.bits
 
     def dequantize_rows(self, ids: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B I"]:
         """The values of rows `ids`, as `QArray.dequantize` gives them."""
         panel, lane = self._place(ids)
-        codes = self.codes[panel, :, :, lane]
-        if self.bits == 4:  # [*B, blocks, vector pairs, 4] to one vector after another
+        codes = self.codes[panel, :, lane]
+        if self.bits == 4:  # [*B, vector pairs, 4] to one vector after another
             codes = jnp.stack([codes & 0xF, codes >> 4], axis=-2)
         zero = _BYTE_ZERO if self.bits == 8 else _NIBBLE_ZERO if self.minimum is None else 0
         scale, minimum = (None if a is None else a[panel, :, lane] for a in (self.scale, self.minimum))
@@ -70,42 +71,31 @@ class Panels:
         return within // LANES * 2 + rows // half, within % LANES
 
 
-def fits(weights: Sequence[Weight]) -> TypeGuard[Sequence[QArray]]:
-    """Whether these weights, one after another, have a form that the kernels know."""
-    quantized = [w for w in weights if isinstance(w, QArray) and w.ndim in (2, 3)]
-    if len(quantized) < len(weights):
-        return False
-    first = quantized[0]
-    form = lambda w: (
-        w.bits,
-        w.act,
-        w.bias is None,
-        w.scale.shape[-1],
-        w.scale.dtype,
-        w.shape[:-2],
-        w.shape[-1],
+def form(w: Weight) -> Hashable | None:
+    """What weights of one input must share to be packed together; None where the kernels do not know it."""
+    if not isinstance(w, QArray) or w.ndim not in (2, 3):
+        return None
+    known = (
+        w.bits in (8, 4)
+        and w.group % _BLOCK == 0
+        and w.group <= _LONGEST_SUM
+        and (w.act is None or (w.act == (8, _ROUNDED) and w.shape[-1] % _ROUNDED == 0))
+        and w.scale.dtype in _SCALES
+        and (w.bias is None or w.bias.dtype == w.scale.dtype)
     )
-    return (
-        all(form(w) == form(first) for w in quantized)
-        and first.bits in (8, 4)
-        and first.act in (None, (8, BLOCK))
-        and first.group % BLOCK == 0
-        and first.group <= _LONGEST_SUM
-        and first.scale.dtype in _SCALES
-        and (first.bias is None or first.bias.dtype == first.scale.dtype)
-    )
+    return (w.bits, w.act, w.bias is None, w.group, w.scale.dtype) if known else None
 
 
 @functools.partial(jax.jit, static_argnames="paired")
 def pack(weights: Sequence[QArray], *, paired: bool) -> Panels:
-    """Panels of weights that fit; `paired` takes two of equal shape."""
+    """Panels of weights of one form; `paired` takes two of equal shape."""
     first = weights[0]
     if first.ndim == 3:
         return jax.vmap(functools.partial(pack, paired=paired))(weights)
     codes = [_vectors(w) for w in weights]
     scale = [w.scale for w in weights]
     return Panels(
-        codes=jnp.moveaxis(arrange(codes, paired), 1, 3),
+        codes=arrange(codes, paired).swapaxes(1, 2),
         scale=arrange(scale, paired).swapaxes(1, 2),
         minimum=None if first.bias is None else arrange([w.bias for w in weights], paired).swapaxes(1, 2),
         rows=sum(w.shape[0] for w in weights),
@@ -115,10 +105,10 @@ def pack(weights: Sequence[QArray], *, paired: bool) -> Panels:
     )
 
 
-def _vectors(w: QArray) -> Shaped[Array, "O blocks vectors 4"]:
+def _vectors(w: QArray) -> Shaped[Array, "O vectors 4"]:
     zero = _BYTE_ZERO if w.bits == 8 else _NIBBLE_ZERO if w.bias is None else 0
-    codes = (w.codes().astype(jnp.int16) + zero).astype(jnp.uint8).reshape(w.shape[0], -1, BLOCK // 4, 4)
-    return codes if w.bits == 8 else codes[:, :, ::2] | codes[:, :, 1::2] << 4
+    codes = (w.codes().astype(jnp.int16) + zero).astype(jnp.uint8).reshape(w.shape[0], -1, 4)
+    return codes if w.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
 
 
 def arrange(parts: Sequence[Shaped[Array, "_ *rest"]], paired: bool) -> Shaped[Array, "panels 16 *rest"]:

@@ -12,7 +12,7 @@ GATES = ("silu", "gelu", "gelu_tanh")  # as `enum class Gate` after kNone
 
 
 def product(
-    x: Float[Array, "M I"],
+    x: Float[Array, "*M I"],
     w: Panels,
     *,
     bias: Float[Array, "*E panels 16"] | None = None,
@@ -20,7 +20,7 @@ def product(
     eps: float = 0.0,
     gate: str | None = None,
     sizes: Int[Array, "E"] | None = None,
-) -> Float[Array, "M O"]:
+) -> Float[Array, "*M O"]:
     """`norm(x) @ w.T + bias`, or with `gate` the activated first half of that times the second.
 
     With `sizes`, weights and bias are those of experts, rows of `x` are sorted by expert and `sizes[e]` of them belong
@@ -37,9 +37,10 @@ def product(
         )
     library.load()
     outputs = w.rows if gate is None else w.rows // 2
-    call = jax.ffi.ffi_call("jaxopt_linear", jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32))
-    return call(
-        x.astype(jnp.float32),
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    call = jax.ffi.ffi_call("jaxopt_linear", jax.ShapeDtypeStruct((rows.shape[0], outputs), jnp.float32))
+    y = call(
+        rows,
         w.codes,
         w.scale,
         _or_empty(w.minimum),
@@ -50,7 +51,8 @@ def product(
         bits=np.int32(w.bits),
         round=w.round,
         gate=np.int32(0 if gate is None else 1 + GATES.index(gate)),
-    ).astype(x.dtype)
+    )
+    return y.reshape(*x.shape[:-1], outputs).astype(x.dtype)
 
 
 def _or_empty(a: Array | None) -> Array:

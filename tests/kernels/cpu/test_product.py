@@ -24,6 +24,11 @@ FORMS = {  # bits, inputs that share a scale, scale dtype, whether there is a mi
     "int4_float": (4, 32, "float16", True, None),
     "int4_symmetric": (4, 32, "bfloat16", False, (8, 32)),
     "int4_symmetric_float": (4, 64, "float32", False, None),
+    "int8_16": (8, 16, "float32", False, (8, 32)),  # GGUF's Q6_K
+    "int8_16_float": (8, 16, "float32", False, None),
+    "int8_48": (8, 48, "float16", True, (8, 32)),
+    "int4_16": (4, 16, "float16", True, (8, 32)),
+    "int4_16_float": (4, 16, "float32", False, None),
 }
 
 
@@ -75,16 +80,34 @@ def assert_close(y, x, w):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_odd_shapes(form, isa):
-    for inputs, outputs, all_rows in ((64, 1, (1, 7)), (576, 200, ROWS), (1536, 35, (2, 130))):
+    for inputs, outputs, all_rows in ((192, 1, (1, 7)), (576, 200, ROWS), (1536, 35, (2, 130))):
         w = weight(form, outputs, inputs)
         p = pack([w])
-        assert isinstance(p.weight, Panels)
+        assert isinstance(p.parts[0], Panels)
         for rows in all_rows:
             x = activations(rows, inputs)
             assert_close(linear(jnp.asarray(x), p), rounded(x, w.act), values(w))
 
 
-@pytest.mark.parametrize("form", ["int8_block", "int8", "int4", "int8_minimum", "int4_symmetric_float"])
+def test_a_single_block(isa):
+    """Half as many inputs as rounded activations share a scale for."""
+    w, x = weight("int8_16_float", 20, 16), activations(5, 16)
+    assert_close(linear(jnp.asarray(x), pack([w])), rounded(x, None), values(w))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "int8_block",
+        "int8",
+        "int4",
+        "int8_minimum",
+        "int4_symmetric_float",
+        "int8_16",
+        "int8_16_float",
+        "int4_16",
+    ],
+)
 def test_a_row_does_not_see_its_neighbours(form, isa):
     p = pack([weight(form, 100, 576)], norm=(jnp.ones(576), 1e-5))
     x = jnp.asarray(activations(130, 576))
@@ -144,6 +167,43 @@ def test_norm_gate_and_bias(gate, outputs, isa):
     np.testing.assert_allclose(linear(jnp.asarray(x), p), ACTIVATIONS[gate](a) * b, rtol=2e-4, atol=2e-4)
 
 
+MIXED = [("int8_16", "int4"), ("int4", "int8_16"), ("int8_16", "float"), ("float", "int4")]
+
+
+def weight_or_floats(form, outputs, inputs, seed):
+    if form == "float":
+        return jnp.asarray(activations(outputs, inputs, seed)) * 0.1
+    return weight(form, outputs, inputs, seed)
+
+
+@pytest.mark.parametrize("gate", [None, "silu"])
+@pytest.mark.parametrize("forms", MIXED)
+def test_parts_of_several_forms(forms, gate, isa):
+    """Each in its own kernel, floats in XLA; one after another they are what the parts give alone."""
+    parts = [weight_or_floats(form, 40, 576, seed) for seed, form in enumerate(forms)]
+    norm, bias = (jnp.asarray(activations(1, 576, 2)[0]), 1e-3), jnp.asarray(activations(1, 80, 3)[0])
+    p = pack(parts, norm=norm, bias=bias, gate=gate)
+    assert p.shape == (80 if gate is None else 40, 576)
+    assert [isinstance(part, Panels) for part in p.parts] == [form != "float" for form in forms]
+    x = jnp.asarray(activations(21, 576))
+    alone = [
+        linear(x, pack([part], norm=norm, bias=own))
+        for part, own in zip(parts, (bias[:40], bias[40:]), strict=True)
+    ]
+    expected = jnp.concatenate(alone, -1) if gate is None else jax.nn.silu(alone[0]) * alone[1]
+    np.testing.assert_array_equal(linear(x, p), expected)
+
+
+def test_neighbours_of_one_form_are_one_part(isa):
+    parts = [weight(form, 40, 576, seed) for seed, form in enumerate(("int4", "int4", "int8_16", "int4"))]
+    p = pack(parts)
+    assert [part.rows for part in p.parts] == [80, 40, 40]
+    x = jnp.asarray(activations(21, 576))
+    alone = np.concatenate([linear(x, pack([part])) for part in parts], axis=-1)
+    for rows in (1, 2, 21):
+        np.testing.assert_array_equal(linear(x[:rows], p), alone[:rows])
+
+
 def test_norm_before_rounding(isa):
     """At most a code of a block in a hundred lies so near to a half that the norm's last bit moves it."""
     w = QArray(jnp.eye(576, dtype=jnp.int8), jnp.ones((576, 18)), act=(8, 32))
@@ -174,7 +234,9 @@ def relative_error(y, x, w):
     return np.linalg.norm(np.asarray(y) - exact, axis=1) / np.linalg.norm(exact, axis=1)
 
 
-@pytest.mark.parametrize("form", ["int8", "int8_minimum", "int4_float", "int4_symmetric_float"])
+@pytest.mark.parametrize(
+    "form", ["int8", "int8_minimum", "int4_float", "int4_symmetric_float", "int8_16_float"]
+)
 @pytest.mark.parametrize("inputs", [64, 2048, 8192])
 def test_float_activations_are_as_exact_as_in_xla(form, inputs, isa):
     w = weight(form, 200, inputs)
@@ -242,10 +304,10 @@ def experts(form, count, outputs, inputs):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_experts_give_the_bits_of_their_own_weights(form, isa):
-    each, w = experts(form, 5, 40, 96 if FORMS[form][1] == 32 else 64)
+    each, w = experts(form, 5, 40, 96 if FORMS[form][1] in (16, 32, 48) else 64)
     own, together = [pack([one]) for one in each], pack([w])
     assert together.shape == w.shape
-    assert isinstance(together.weight, Panels)
+    assert isinstance(together.parts[0], Panels)
     for sizes in SIZES:
         x = jnp.asarray(activations(sum(sizes), w.shape[-1]))
         expert = np.repeat(np.arange(5), sizes)
@@ -268,6 +330,23 @@ def test_experts_with_gate_norm_and_bias(isa):
     for e, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         own = pack([gates[e], ups[4 - e]], bias=bias[e], norm=norm, gate="silu")
         np.testing.assert_array_equal(y[end - size : end], linear(x[end - size : end], own))
+
+
+@pytest.mark.parametrize("gate", [None, "silu"])
+@pytest.mark.parametrize("forms", MIXED)
+def test_experts_of_several_forms(forms, gate):
+    stack = lambda form, seed: jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *[weight_or_floats(form, 40, 64, 5 * seed + e) for e in range(5)]
+    )
+    parts, bias = [stack(form, seed) for seed, form in enumerate(forms)], jnp.asarray(activations(5, 80, 3))
+    together = pack(parts, bias=bias, gate=gate)
+    x, sizes = jnp.asarray(activations(91, 64)), jnp.asarray(SIZES[-1])
+    y = grouped_linear(x, together, sizes)
+    ends = np.cumsum(sizes)
+    for e, (size, end) in enumerate(zip(SIZES[-1], ends, strict=True)):
+        own = pack([part[e] for part in parts], bias=bias[e], gate=gate)
+        expected = linear(x[end - size : end], own)
+        np.testing.assert_allclose(y[end - size : end], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
