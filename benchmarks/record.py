@@ -37,7 +37,10 @@ def record(name: str, results: Any) -> None:
         "packages": {package: version for package in _PACKAGES if (version := _version(package))},
         # Of a path only the last part: where things lie on a machine is nobody's business.
         "command": " ".join(
-            [f"python -m benchmarks.{Path(sys.argv[0]).stem}", *(re.sub(r"/\S*/", "", a) for a in sys.argv[1:])]
+            [
+                f"python -m benchmarks.{Path(sys.argv[0]).stem}",
+                *(re.sub(r"/\S*/", "", a) for a in sys.argv[1:]),
+            ]
         ),
         "results": results,
     }
