@@ -16,6 +16,7 @@ _KEPT = 0.8  # of what was learned of a draft model, a dispatch later
 _KEPT_TOKEN = 0.95  # of what was learned of prompt lookup, a token later
 _MORE = 0.1  # of a round's time, what one more draft a row is believed to add
 _RECENT = 15  # rounds' times that a median is taken of
+_OLD = 64  # dispatches after which times that were not renewed are forgotten: one may have been an accident
 _GAIN = 1.03  # what drafts must promise: times and rates are measured, and vary
 _GAP = 64  # tokens that a draft model may have missed and still be asked
 
@@ -161,6 +162,7 @@ class Drafting:
         self.levels = levels(most)
         self._model = model
         self._times: dict[tuple[int, int], deque[float]] = {}
+        self._ages: dict[tuple[int, int], int] = {}  # of these: dispatches of as many rows since the latest
 
     def record(self, prompt: Sequence[int]) -> Record:
         """For a new request."""
@@ -202,8 +204,16 @@ class Drafting:
             base = self._seconds(rows, 0)
             seconds = max(seconds - plain * base, drafted * base)
         if plain or drafted:
-            times = self._times.setdefault((rows, level if drafted else 0), deque(maxlen=_RECENT))
-            times.append(seconds / (drafted or plain))
+            key = rows, level if drafted else 0
+            self._times.setdefault(key, deque(maxlen=_RECENT)).append(seconds / (drafted or plain))
+            self._ages[key] = -1
+            self._forget(rows)
+
+    def _forget(self, rows: int) -> None:
+        for key in [key for key in self._times if key[0] == rows]:
+            self._ages[key] += 1
+            if self._ages[key] >= _OLD:
+                del self._times[key]
 
     def _seconds(self, rows: int, level: int) -> float:
         """Of a round; where none was timed, what is believed."""

@@ -254,7 +254,7 @@ class Engine:
             try:
                 for ids, params, wanted in asked:
                     generations.append(self._ask(ids, params, wanted=wanted))
-            except ValueError:
+            except BaseException:
                 self.cancel(generations)
                 raise
         return generations

@@ -16,7 +16,9 @@ from jaxopt_llm.text import Detokenizer, Tokenizer
 Allowed = Callable[[Sequence[int]], Bool[np.ndarray, "V"] | None]
 
 
-_NO_NUMBERS = "the model gave scores that are no numbers (NaN or infinite) for this request"
+_NO_NUMBERS = (
+    "the scores for this request, of the model or after processors, are no numbers (NaN or infinite)"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -190,6 +190,10 @@ class PageTables:
         """The pages of a slot, in the order of its tokens."""
         return self._table[kind, slot, self._first[kind][slot] : self._end[slot]].tolist()
 
+    def fits(self, chain: Sequence[bytes], tokens: int) -> bool:
+        """Whether `admit` would find room."""
+        return self._shared(chain, tokens) is not None
+
     def admit(self, slot: int, chain: Sequence[bytes], tokens: int) -> int | None:
         """Gives an empty slot the pages that it can share.
 
@@ -201,6 +205,20 @@ class PageTables:
         Returns:
           how many leading pages are filled; None, and nothing is done, where there is no room.
         """
+        shared = self._shared(chain, tokens)
+        if shared is None:
+            return None
+        end = self._match(chain)
+        for kind, (pool, pages) in enumerate(zip(self.pools, shared, strict=True)):
+            first = self._first_seen(kind, end * self.page_size)
+            pool.share(pages)
+            self._put(kind, slot, first, pages)
+            self._first[kind][slot] = first
+        self._end[slot] = end
+        return end
+
+    def _shared(self, chain: Sequence[bytes], tokens: int) -> list[list[int]] | None:
+        """Pages of each kind that a new sequence can share; None where there is no room for the others it takes."""
         end = self._match(chain)
         firsts = [self._first_seen(kind, end * self.page_size) for kind in range(len(self.pools))]
         shared = [pool.find(chain[first:end]) for pool, first in zip(self.pools, firsts, strict=True)]
@@ -208,12 +226,7 @@ class PageTables:
             idle = sum(not pool.holders(page) for page in pages)  # shared, they can no longer be taken
             if peak - len(pages) > pool.available - idle:
                 return None
-        for kind, (pool, pages, first) in enumerate(zip(self.pools, shared, firsts, strict=True)):
-            pool.share(pages)
-            self._put(kind, slot, first, pages)
-            self._first[kind][slot] = first
-        self._end[slot] = end
-        return end
+        return shared
 
     def lacks(self, slot: int, tokens: int) -> int:
         """Pages of each kind that a slot must take before it can hold so many tokens."""

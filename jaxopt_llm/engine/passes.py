@@ -81,7 +81,10 @@ def choose(
     for processor in processors:
         logits = processor(logits, tokens, positions)
     chosen = sample(logits, sampling, positions)
-    sampled = Sampled(tokens=chosen, finite=jnp.all(jnp.isfinite(raw), axis=-1))
+    finite = jnp.all(jnp.isfinite(raw), axis=-1)
+    if logits is not raw:  # a mask gives -inf, but to all tokens only together with a processor
+        finite &= ~jnp.any(jnp.isnan(logits), axis=-1) & jnp.any(logits > -jnp.inf, axis=-1)
+    sampled = Sampled(tokens=chosen, finite=finite)
     return sampled if inputs.extras is None else _report(sampled, raw, inputs.extras)
 
 

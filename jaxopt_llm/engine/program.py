@@ -111,7 +111,7 @@ class Sampled:
 
     Attributes:
       tokens: chosen.
-      finite: whether all the model's scores were numbers.
+      finite: whether all the model's scores were numbers, and those sampled from allowed any token.
       logprob: of the chosen tokens under the model's own distribution.
       top_ids, top_logprobs: of the TOP best tokens.
     """

@@ -175,15 +175,15 @@ class Scheduler:
     def steps(self) -> int:
         """How many steps the next dispatch may take: 1, unless all that run just decode and have the pages to go on.
 
-        While others wait, no more than until a slot is free for them.
+        While others wait, no more than until the first that runs is through, whose slot and pages they may have.
         """
         ready = [request for request in self._running if request.left]
-        if not ready or not all(request.decoding and not request.stepwise for request in ready):
+        if not all(request.decoding and not request.stepwise for request in ready):
             return 1
         several = self.config.decode_steps
         if self._waiting:
-            soon = self._slots or self._leaving or len(ready) < len(self._running)
-            several = 1 if soon else min(several, *(request.left for request in ready))
+            soon = self._leaving or len(ready) < len(self._running) or self._fits(self._waiting[0])
+            several = 1 if soon else min([several, *(request.left for request in ready)])
         ends = [(_slot(request), request.computed + min(several, request.left)) for request in ready]
         lacking = sum(self._tables.lacks(slot, end) for slot, end in ends)
         return several if lacking <= self._tables.available else 1
@@ -275,11 +275,19 @@ class Scheduler:
         while self._waiting and self._slots and self._admit(self._waiting[0]):
             yield self._waiting.pop(0)
 
+    def _fits(self, request: Request) -> bool:
+        """Whether it could start to run now."""
+        return bool(self._slots) and self._tables.fits(self._shareable(request), len(request.tokens))
+
+    def _shareable(self, request: Request) -> Sequence[bytes]:
+        """The pages that it may find computed; not that of its last token, which must give logits."""
+        page_size = self.config.page_size
+        extend_chain(request.chain, request.tokens, page_size=page_size, key=request.cache_key)
+        return request.chain[: (len(request.tokens) - 1) // page_size if request.reuse else 0]
+
     def _admit(self, request: Request) -> bool:
         known, page_size = len(request.tokens), self.config.page_size
-        extend_chain(request.chain, request.tokens, page_size=page_size, key=request.cache_key)
-        shareable = (known - 1) // page_size if request.reuse else 0  # its last token must give logits
-        hit = self._tables.admit(self._slots[0], request.chain[:shareable], known)
+        hit = self._tables.admit(self._slots[0], self._shareable(request), known)
         if hit is None:
             return False
         request.slot = heapq.heappop(self._slots)

@@ -214,7 +214,7 @@ class Loop:
         assert 1 <= plan.steps <= config.decode_steps
         assert plan.steps == 1 or all(piece.decodes for piece in plan.pieces)
         if self.scheduler._waiting and plan.steps > 1:
-            assert not self.scheduler._slots, "one that waits could run"
+            assert not self.scheduler._fits(self.scheduler._waiting[0]), "one that waits could run"
             assert {piece.limit for piece in plan.pieces} == {plan.steps}, "a slot would stand empty"
         elif plan.steps > 1:
             assert plan.steps == config.decode_steps

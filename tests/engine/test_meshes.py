@@ -53,6 +53,18 @@ def spread():
     return Engine(on("data=2,tensor=4", oracle.tiny("mistral")), None, SIZES)
 
 
+def test_a_shard_without_work_does_not_hold_up_the_other(spread):
+    """Sixteen tokens after the first, in dispatches of as many steps as one device takes."""
+    sent = []
+    run = spread._runner.run
+    spread._runner.run = lambda batches, **options: sent.append(options["steps"]) or run(batches, **options)
+    try:
+        spread.generate(oracle.prompts(90, 20), SamplingParams(max_tokens=17, ignore_eos=True))
+    finally:
+        spread._runner.run = run
+    assert sent[1:] == [spread.config.decode_steps] * -(-16 // spread.config.decode_steps)
+
+
 def test_every_option(spread):
     """Two data shards share the work; sampling is the same on all tensor shards, and as on one device."""
     alone = Engine(oracle.tiny("mistral"), None, SIZES)

@@ -151,14 +151,23 @@ def test_steps_end_where_a_slot_is_free_for_one_that_waits():
     loop.drain()
 
 
-def test_one_step_at_a_time_while_one_waits_for_pages():
+def test_several_steps_while_one_waits_for_pages():
     loop = Loop(max_slots=2, decode_steps=4, page_size=4, num_pages=(4,), max_seq_len=16)
-    loop.add(prompt_of(3), 9)
+    loop.add(prompt_of(3), 11)
     loop.step()
     other = loop.add(prompt_of(15, 1), 1)
-    assert loop.step().steps == 1
-    loop.cancel(other)
-    assert loop.step().steps == 4
+    assert [loop.step().steps for _ in range(3)] == [4, 4, 2]
+    assert [piece.request for piece in loop.step().pieces] == [other]
+
+
+def test_one_that_has_nothing_to_do_does_not_keep_others_from_several_steps():
+    """As data shards share a dispatch, of as many steps as each may take."""
+    loop = Loop(max_slots=2, decode_steps=4)
+    assert loop.scheduler.steps == 4
+    loop.add(prompt_of(3), 2)
+    assert loop.scheduler.steps == 1
+    loop.drain()
+    assert loop.scheduler.steps == 4
 
 
 def test_no_look_ahead_at_the_price_of_pages():

@@ -120,6 +120,19 @@ def test_nan_fails_the_request_that_has_it(poisoned):
     np.testing.assert_allclose(vectors[1], oracle.hidden(model, clean[1]).mean(0), atol=1e-4)
 
 
+@pytest.mark.parametrize("spoiled", [float("nan"), float("-inf")])
+def test_scores_that_a_processor_spoils_fail_the_request(spoiled):
+    def late(logits, tokens, positions):
+        return jnp.where(positions[:, None] > 25, spoiled, logits)
+
+    engine = Engine(oracle.tiny("llama"), None, SIZES, processors=[late])
+    prompts = oracle.prompts(90, 20, 3)
+    first, second = engine.generate(prompts, SamplingParams(max_tokens=12, ignore_eos=True))
+    assert first.finish_reason == "error" and "after processors" in first.error
+    assert len(first.token_ids) == 7, "those fed at positions 19 to 25"
+    assert second.finish_reason == "length"
+
+
 def test_nan_on_the_way(poisoned):
     """A request that is made to say the token fails when it has."""
     _, engine = poisoned

@@ -269,6 +269,21 @@ def test_as_many_drafts_as_pay(monkeypatch, gains, seconds, level):
     assert shared == 0, "those that gain nothing count too"
 
 
+def test_a_disturbed_round_is_not_held_against_drafts_for_ever(monkeypatch):
+    monkeypatch.undo()
+    chooser = Drafting(7, model=False)
+    record = chooser.record([])
+    record.gain = {3: Gain(3.9, 1.0), 7: Gain(7.2, 1.0)}.get
+    chooser.learn(1, 0, (5, 0), 5.0)
+    for level in (7, 3):
+        assert chooser.level([record], 1) == level
+        chooser.learn(1, level, (0, 5), 500.0)
+    assert chooser.level([record], 1) == 0
+    for _ in range(70):
+        chooser.learn(1, 0, (5, 0), 5.0)
+    assert chooser.level([record], 1) == 7
+
+
 def test_a_draft_model_that_does_not_pay_is_asked_no_more(monkeypatch):
     monkeypatch.undo()
     model = oracle.tiny("llama")
