@@ -58,6 +58,7 @@ class Loop:
         self._drafted = self._accepted = 0
         self._read_last = 0.0
         self._failure: BaseException | None = None
+        self._planning = False
 
     @property
     def idle(self) -> bool:
@@ -105,8 +106,11 @@ class Loop:
         """Sends the next dispatch, and reads the one before it.
 
         Raises:
-          RuntimeError: if an earlier dispatch failed: what was on the device is lost.
+          RuntimeError: if an earlier dispatch failed: what was on the device is lost. Or from a function that the
+            loop itself calls, such as one of allowed tokens.
         """
+        if self._planning:
+            raise RuntimeError("the engine is planning a step, and cannot be used by what it calls meanwhile")
         with self._guarded():
             plans = self._plans()
             if any(plans):
@@ -135,11 +139,14 @@ class Loop:
             raise RuntimeError(
                 "a step of this engine failed, and its cache is lost; make a new engine"
             ) from self._failure
+        self._planning = True
         try:
             yield
         except BaseException as error:
             self._failure = error
             raise
+        finally:
+            self._planning = False
 
     def _plans(self) -> list[Plan | None]:
         """Of each data shard; all take part in one dispatch, so none decodes for more steps than another can."""

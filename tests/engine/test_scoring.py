@@ -82,6 +82,14 @@ def test_a_mask_that_is_of_no_use_fails_its_request_alone(engine, allowed, messa
     assert oracle.check_greedy(oracle.wide(), PROMPTS[2], beside.result().token_ids) > 4
 
 
+def test_an_engine_cannot_be_used_by_what_it_calls(engine):
+    inner = lambda tokens: engine.score(PROMPTS[:1])
+    result = engine.submit(PROMPTS[4], SHORT, allowed=inner).result()
+    assert "cannot be used by what it calls" in result.error
+    assert engine.score(PROMPTS[:1])[0].error is None
+    assert engine.metrics().running == engine.metrics().waiting == 0
+
+
 @pytest.fixture(scope="module", params=[16, 8], ids=["kernel", "jax.numpy"])
 def poisoned(request):
     """An engine, on pages of either form, whose model has NaN for one token."""
