@@ -241,7 +241,10 @@ def test_no_command_takes_a_data_axis(refused, data_dir, tmp_path):
         ["optimize", "--config=int8", f"--out={tmp_path / 'out'}"],
     ):
         line = refused(*command, f"--model={data_dir / 'stories260K.gguf'}", "--mesh=data=2,tensor=4")
-        assert line == "--mesh=data=2,tensor=4: this command does not split batches over data yet; leave data at 1"
+        assert (
+            line
+            == "--mesh=data=2,tensor=4: this command does not split batches over data yet; leave data at 1"
+        )
 
 
 def test_a_prompt_longer_than_the_context(refused, data_dir):
