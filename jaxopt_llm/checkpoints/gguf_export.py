@@ -6,11 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxopt_llm.checkpoints import blocks, gguf
 from jaxopt_llm.checkpoints.files import TensorSpec
+from jaxopt_llm.checkpoints.floats import to_floats
 from jaxopt_llm.checkpoints.gguf_config import (
     ARCHITECTURES,
     PERIODS,
@@ -184,11 +184,10 @@ def _stored(parameter: str, weight: Weight, config: ModelConfig, storage: str) -
     rows = np.argsort(half_split_order(weight.shape[0], heads)) if heads else slice(None)
     if storage == "Q8_0" and isinstance(weight, QArray) and _is_q8_0(weight):
         return blocks.pack_q8_0(np.asarray(weight.data)[rows], np.asarray(weight.scale)[rows])
-    floats = jax.jit(QArray.dequantize)(weight) if isinstance(weight, QArray) else weight  # fused: one array
-    values = np.asarray(floats)
+    floats = to_floats(weight)
     if config.norm_offset and parameter.endswith("norm.weight"):
-        values = values.astype(np.float32) + np.float32(config.norm_offset)
-    return values[rows]
+        floats = floats.astype(np.float32) + np.float32(config.norm_offset)
+    return floats[rows]
 
 
 def _is_q8_0(weight: QArray) -> bool:

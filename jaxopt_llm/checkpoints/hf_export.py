@@ -8,21 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_llm.checkpoints import safetensors
 from jaxopt_llm.checkpoints.atomic import atomic_directory
 from jaxopt_llm.checkpoints.files import TensorSpec
+from jaxopt_llm.checkpoints.floats import to_floats
 from jaxopt_llm.checkpoints.hf import CONFIG
-from jaxopt_llm.kernels import QArray, Weight
+from jaxopt_llm.kernels import Weight
 from jaxopt_llm.models import ModelConfig, Transformer, weights
 from jaxopt_llm.models.families import family, parse_config, write_config
 from jaxopt_llm.models.family import Source
 from jaxopt_llm.text import Tokenizer
-
-_CHUNK = 1 << 20  # bytes of floats made at once
 
 
 def export(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) -> None:
@@ -81,27 +79,16 @@ def _tensors(model: Transformer) -> list[TensorSpec]:
     return result
 
 
-def _values(value: Weight, dtype: jnp.dtype) -> np.ndarray:
-    if not isinstance(value, QArray):
-        return np.asarray(value).astype(dtype, copy=False)
-    held, out = jax.tree.map(np.asarray, value), np.empty(value.shape, dtype)
-    rows = max(1, _CHUNK // max(1, out[:1].nbytes))
-    for first in range(0, len(out), rows):  # on the host: XLA would hold a second copy now and then
-        part = slice(first, first + rows)
-        out[part] = held[part].dequantize(dtype)
-    return out
-
-
 def _expert(value: Weight, index: int, dtype: jnp.dtype) -> np.ndarray:
-    return _values(value[index], dtype)
+    return to_floats(value[index], dtype)
 
 
 def _fused(parts: list[tuple[Source, Weight]], dtype: jnp.dtype) -> np.ndarray:
     source, value = parts[0]
-    whole = _values(value, dtype)
+    whole = to_floats(value, dtype)
     if source.part:
         whole = np.empty((value.shape[0], len(parts) * value.shape[1], *value.shape[2:]), dtype)
         for part, weight in parts:
             assert part.part
-            whole[:, part.part[0] :: part.part[1]] = _values(weight, dtype)
+            whole[:, part.part[0] :: part.part[1]] = to_floats(weight, dtype)
     return np.ascontiguousarray(whole.swapaxes(-1, -2)) if source.transposed else whole
