@@ -1,35 +1,32 @@
 """The engine: requests in, tokens out, as fast as the device allows.
 
-Whoever waits for a result drives the engine, under one lock: there is no thread to start, to stop or to lose. The
-host stays one dispatch ahead: it plans and sends the next before it reads the last.
+Whoever waits for a result runs it: see `driver`. The host stays one dispatch ahead: it plans and sends the next before
+it reads the last.
 """
 
-import asyncio
-import dataclasses
 import functools
-import itertools
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from jaxopt_llm.cache import keep_programs
 from jaxopt_llm.engine import inputs
 from jaxopt_llm.engine.config import EngineConfig
-from jaxopt_llm.engine.drafting import Drafting
+from jaxopt_llm.engine.drafting import Drafting, levels
+from jaxopt_llm.engine.driver import Driver
 from jaxopt_llm.engine.generation import Allowed, Generation, Wanted
+from jaxopt_llm.engine.intake import Intake
 from jaxopt_llm.engine.loop import Loop
-from jaxopt_llm.engine.plan import Metrics, Request
+from jaxopt_llm.engine.plan import Metrics
+from jaxopt_llm.engine.processors import check_processor
 from jaxopt_llm.engine.program import Processor
 from jaxopt_llm.engine.prompt import Prompt, Prompts, encode, several
-from jaxopt_llm.engine.request import Chunk, Result, Score
+from jaxopt_llm.engine.request import Result, Score
 from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.sampling import SamplingParams
+from jaxopt_llm.engine.stream import Stream
 from jaxopt_llm.models import Transformer
 from jaxopt_llm.text import Tokenizer
 
@@ -112,17 +109,17 @@ class Engine:
             raise ValueError("decode_steps=1 leaves no room for drafts; take at least 2")
         keep_programs()
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
-        for processor in processors:
-            _check(processor, model.config.vocab_size)
         sizes = config.scheduler(model.config)
+        rooms = levels(config.draft_tokens) if speculates else (0,)
+        rows = inputs.rows_of_logits(sizes, rooms)
+        for processor in processors:
+            check_processor(processor, rows, model.config.vocab_size)
         self._runner = Runner(model, config, processors, draft=draft, consume=consume)
-        self._stop_ids = frozenset(model.config.eos_ids) | (tokenizer.eos_ids if tokenizer else set())
-        widths = inputs.Widths(sizes.max_slots, model.config.vocab_size, max(1, len(self._stop_ids)))
+        self._intake = Intake(model.config, tokenizer, sizes, reuse=config.prefix_cache)
+        widths = inputs.Widths(sizes.max_slots, model.config.vocab_size, max(1, len(self._intake.stop_ids)))
         drafting = Drafting(config.draft_tokens, model=draft is not None) if speculates else None
         self._loop = Loop(self._runner, sizes, widths, drafting)
-        self._numbers = itertools.count()
-        self._seeds = np.random.default_rng()
-        self._lock = threading.RLock()
+        self._driver = Driver(self._loop)
 
     def generate(
         self,
@@ -142,10 +139,8 @@ class Engine:
         each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(ids):
             raise ValueError(f"{len(each)} params for {len(ids)} prompts; give one, or one for each")
-        asked = self._ask_all(
-            [(prompt, settings, Wanted()) for prompt, settings in zip(ids, each, strict=True)]
-        )
-        self._finish_all(asked, progress)
+        asked = [self._ask(prompt, settings) for prompt, settings in zip(ids, each, strict=True)]
+        self._run(asked, progress)
         return [generation.result() for generation in asked]
 
     def submit(
@@ -155,8 +150,8 @@ class Engine:
         *,
         priority: int = 0,
         allowed: Allowed | None = None,
-    ) -> "Stream":
-        """A prompt's text as it comes.
+    ) -> Stream:
+        """A prompt's text as it comes; returns at once, and its request runs as soon as anybody waits for anything.
 
         Args:
           prompt: one, as the function `generate` takes it.
@@ -164,9 +159,10 @@ class Engine:
           priority: requests of a lower number go first.
           allowed: a function of the tokens so far that says which may come next, `bool[V]`, or None for all.
         """
-        with self._lock:
-            generation = self._ask(self.encode(prompt), params, priority=priority, allowed=allowed)
-        return Stream(self, generation)
+        generation = self._ask(self.encode(prompt), params, priority=priority, allowed=allowed)
+        stream = Stream(self._driver, generation)
+        self._driver.add([generation])
+        return stream
 
     def score(self, prompts: Prompts, *, progress: Progress | None = None) -> list[Score]:
         """The log-probability of every token of each prompt after its first; a prompt may fail alone."""
@@ -194,8 +190,7 @@ class Engine:
         Raises:
           ValueError: if it is empty, too long, has an id outside the vocabulary, or needs a tokenizer that is missing.
         """
-        config = dataclasses.replace(self.model_config, max_seq_len=self._loop.sizes.max_seq_len)
-        return encode(prompt, self.tokenizer, config, room=room)
+        return self._intake.encode(prompt, room=room)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -205,8 +200,7 @@ class Engine:
 
     def metrics(self) -> Metrics:
         """Requests and pages at this moment, and programs so far."""
-        with self._lock:
-            return self._loop.metrics()
+        return self._driver.call(self._loop.metrics)
 
     def update(self, model: Transformer) -> None:
         """Exchanges the weights for others of the same shapes, without a compilation; what is in flight ends first.
@@ -214,12 +208,7 @@ class Engine:
         Raises:
           ValueError: if the model is not of the same form, or requests are still under way.
         """
-        with self._lock:
-            self._loop.settle()
-            if not self._loop.idle:
-                raise ValueError("requests are under way; wait for them before the weights change")
-            self._runner.update(model)
-            self._loop.forget_prefixes()
+        self._driver.call(functools.partial(self._update, model))
 
     def warm_up(
         self,
@@ -238,138 +227,49 @@ class Engine:
           progress: called with (programs compiled, of all).
         """
         shapes = inputs.shapes(self._loop.sizes, prompt_tokens=prompt_tokens, rows=rows, full=full)
-        with self._lock:
-            for done, shape in enumerate(shapes):
-                if progress:
-                    progress(done, len(shapes))
-                self._loop.warm_up(shape)
+        for done, shape in enumerate(shapes):
+            if progress:
+                progress(done, len(shapes))
+            self._driver.call(functools.partial(self._loop.warm_up, shape))
         if progress:
             progress(len(shapes), len(shapes))
         return len(shapes)
 
-    def _ask_all(self, asked: Sequence[tuple[list[int], SamplingParams | None, Wanted]]) -> list[Generation]:
-        """All or none: a mistake in one leaves nothing behind."""
-        generations: list[Generation] = []
-        with self._lock:
-            try:
-                for ids, params, wanted in asked:
-                    generations.append(self._ask(ids, params, wanted=wanted))
-            except BaseException:
-                self.cancel(generations)
-                raise
-        return generations
+    def _update(self, model: Transformer) -> None:
+        self._loop.settle()
+        if not self._loop.idle:
+            raise ValueError(
+                "requests are under way; wait for them, or cancel them, before the weights change"
+            )
+        self._runner.update(model)
+        self._loop.forget_prefixes()
 
-    def _ask(
-        self,
-        ids: list[int],
-        params: SamplingParams | None,
-        *,
-        priority: int = 0,
-        wanted: Wanted = Wanted(),
-        allowed: Allowed | None = None,
-    ) -> Generation:
-        """Takes a request in; without `params` it generates nothing."""
-        room = self._loop.sizes.max_seq_len - len(ids)
-        settings = params or SamplingParams()
-        number = next(self._numbers)
-        request = Request(
-            id=number,
-            prompt=ids,
-            max_tokens=min(settings.max_tokens, room) if params else 0,
-            priority=priority,
-            # What is wanted of every position must be computed; penalties count the tokens that are fed.
-            reuse=self.config.prefix_cache and wanted == Wanted() and not settings.penalizes,
-            stepwise=allowed is not None,
-        )
-        generation = Generation(
-            request,
-            settings,
-            seed=int(self._seeds.integers(2**32)) if settings.seed is None else settings.seed,
-            stop_ids=frozenset() if settings.ignore_eos else self._stop_ids,
-            tokenizer=self.tokenizer,
-            start=time.perf_counter(),
-            wanted=wanted,
-            allowed=allowed,
-        )
-        _check_bias(settings, self.model_config.vocab_size)
-        self._loop.add(generation)
+    def _ask(self, ids: list[int], params: SamplingParams | None, **wishes: Any) -> Generation:
+        """A request that can run, as `Intake.request`; it does not yet."""
+        generation = self._intake.request(ids, params, **wishes)
+        self._loop.check(generation.request)
         return generation
-
-    def _finish_all(self, generations: Sequence[Generation], progress: Progress | None) -> None:
-        report = progress or (lambda done, total: None)
-        try:
-            for done, generation in enumerate(generations):
-                report(done, len(generations))
-                self.drive(functools.partial(_has_ended, generation))
-        except BaseException:
-            self.cancel(generations)
-            raise
-        report(len(generations), len(generations))
 
     def _measure(self, prompts: Prompts, wanted: Wanted, progress: Progress | None) -> list[Generation]:
         """Runs prompts for what is wanted of them."""
         ids = [self.encode(prompt, room=0) for prompt in several(prompts)]
-        asked = self._ask_all([(prompt, None, wanted) for prompt in ids])
-        self._finish_all(asked, progress)
+        asked = [self._ask(prompt, None, wanted=wanted) for prompt in ids]
+        self._run(asked, progress)
         return asked
 
-    def cancel(self, generations: Sequence[Generation]) -> None:
-        with self._lock:
+    def _run(self, generations: Sequence[Generation], progress: Progress | None) -> None:
+        """All of them to their ends; if that is broken off, none is left behind."""
+        report = progress or (lambda done, total: None)
+        try:
+            self._driver.add(generations)
+            for done, generation in enumerate(generations):
+                report(done, len(generations))
+                self._driver.wait(functools.partial(_has_ended, generation))
+        except BaseException:
             for generation in generations:
-                generation.end("cancelled")
-                self._loop.close(generation)
-
-    def drive(self, ready: Callable[[], bool]) -> None:
-        """Runs steps until what the caller waits for is there."""
-        while not ready():
-            with self._lock:
-                if not ready():
-                    self._loop.advance()
-
-
-class Stream:
-    """What one request gives, as it comes: an iterator of `Chunk`s, for `for` and for `async for`.
-
-    Each has new text; the last has the result. Iterating runs the engine.
-    """
-
-    def __init__(self, engine: Engine, generation: Generation):
-        self._engine, self._generation = engine, generation
-        self._done = False
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Chunk:
-        if self._done:
-            raise StopIteration
-        generation = self._generation
-        self._engine.drive(lambda: generation.has_news or generation.ended)
-        if generation.ended:
-            self._done = True
-            return Chunk(generation.fresh_text(), generation.result())
-        return Chunk(generation.fresh_text())
-
-    def __aiter__(self) -> AsyncIterator[Chunk]:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        chunk = await asyncio.to_thread(next, self, None)
-        if chunk is None:
-            raise StopAsyncIteration
-        return chunk
-
-    def __await__(self) -> Generator[Any, None, Result]:
-        return asyncio.to_thread(self.result).__await__()
-
-    def result(self) -> Result:
-        """Waits for the end."""
-        self._engine.drive(functools.partial(_has_ended, self._generation))
-        return self._generation.result()
-
-    def cancel(self) -> None:
-        """Ends the request where it is; nothing happens if it has ended."""
-        self._engine.cancel([self._generation])
+                self._driver.cancel(generation)
+            raise
+        report(len(generations), len(generations))
 
 
 def _has_ended(generation: Generation) -> bool:
@@ -384,25 +284,3 @@ def _score(generation: Generation) -> Score:
         greedy=np.array([best for _, best in pairs], np.int32) == np.array(prompt, np.int32),
         error=generation.error,
     )
-
-
-def _check_bias(params: SamplingParams, vocab_size: int) -> None:
-    outside = [token for token in params.logit_bias or () if not 0 <= token < vocab_size]
-    if outside:
-        raise ValueError(f"logit_bias names token {outside[0]}, outside the vocabulary of {vocab_size}")
-
-
-def _check(processor: Processor, vocab_size: int) -> None:
-    """Traces a processor once, so that a mistake shows before anything is generated."""
-    logits = jax.ShapeDtypeStruct((1, vocab_size), jnp.float32)
-    ids = jax.ShapeDtypeStruct((1,), jnp.int32)
-    name = getattr(processor, "__name__", repr(processor))
-    try:
-        result = jax.eval_shape(processor, logits, ids, ids)
-    except Exception as error:
-        raise ValueError(f"logits processor {name} fails: {error}") from error
-    if not isinstance(result, jax.ShapeDtypeStruct) or (result.shape, result.dtype) != (
-        logits.shape,
-        logits.dtype,
-    ):
-        raise ValueError(f"logits processor {name} gives {result}; it must give {logits}")

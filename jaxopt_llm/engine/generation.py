@@ -73,7 +73,7 @@ class Generation:
         prompt = request.prompt
         self._text = Detokenizer(tokenizer, prompt=prompt, stop=params.stop) if tokenizer else None
         self._pieces: list[str] = []
-        self._shown = 0
+        self._shown = self._given = 0  # pieces and tokens that `fresh` has told
         self._start = start
         self._times: list[float] = []
 
@@ -93,8 +93,8 @@ class Generation:
 
     @property
     def has_news(self) -> bool:
-        """Whether there is text that `fresh_text` has not given yet."""
-        return self._shown < len(self._pieces)
+        """Whether there is text, or without a tokenizer a token, that `fresh` has not told yet."""
+        return self._given < len(self.tokens) if self._text is None else self._shown < len(self._pieces)
 
     def add(self, token: int, logprob: TokenLogprob | None, now: float) -> None:
         """Takes in the next token."""
@@ -168,11 +168,13 @@ class Generation:
         self.error = error
         self.finish_reason = reason  # last: whoever sees it, in another thread, sees all of it
 
-    def fresh_text(self) -> str:
-        """Text since the last call."""
+    def fresh(self) -> tuple[str, list[int]]:
+        """Text and tokens since the last call."""
         pieces = self._pieces[self._shown :]  # another thread may add to them
+        tokens = self.tokens[self._given :]  # after the text, which comes of tokens
         self._shown += len(pieces)
-        return "".join(pieces)
+        self._given += len(tokens)
+        return "".join(pieces), tokens
 
     def result(self) -> Result:
         times = [(at - self._start) * 1e3 for at in self._times]

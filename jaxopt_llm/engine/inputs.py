@@ -79,6 +79,17 @@ def shapes(
     return sorted(prefill | {Shape(n, n, sizes.decode_steps, full) for n in buckets})
 
 
+def rows_of_logits(sizes: SchedulerConfig, rooms: Sequence[int]) -> list[int]:
+    """How many rows the programs sample at once.
+
+    Args:
+      sizes: of a data shard.
+      rooms: drafts of a row that decoding has room for.
+    """
+    counts = {row_bucket(n, sizes.max_slots) for n in range(1, sizes.max_slots + 1)}
+    return sorted({count * (1 + room) for count in counts for room in rooms})
+
+
 def _chunks(tokens: int, most: int) -> list[int]:
     return [min(most, tokens - start) for start in range(0, tokens, most)]
 

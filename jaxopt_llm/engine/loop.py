@@ -17,7 +17,7 @@ from jaxopt_llm.engine import inputs
 from jaxopt_llm.engine.drafting import Asked, Drafting, Record
 from jaxopt_llm.engine.generation import Generation
 from jaxopt_llm.engine.inputs import Shape, Widths
-from jaxopt_llm.engine.plan import Metrics, Plan
+from jaxopt_llm.engine.plan import Metrics, Plan, Request
 from jaxopt_llm.engine.program import Inputs, Out
 from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerConfig
@@ -58,7 +58,6 @@ class Loop:
         self._drafted = self._accepted = 0
         self._read_last = 0.0
         self._failure: BaseException | None = None
-        self._planning = False
 
     @property
     def idle(self) -> bool:
@@ -72,11 +71,19 @@ class Loop:
             total, programs=len(self._shapes), drafted=self._drafted, accepted=self._accepted
         )
 
+    def check(self, request: Request) -> None:
+        """Whether a request can ever run; any thread may ask.
+
+        Raises:
+          ValueError: if not.
+        """
+        self._schedulers[0].check(request)
+
     def add(self, generation: Generation) -> None:
         """Takes a request in, where the fewest are.
 
         Raises:
-          ValueError: if it could never run.
+          ValueError: as `check`.
         """
         shard = min(range(len(self._running)), key=lambda i: len(self._running[i]))
         self._schedulers[shard].add(generation.request)
@@ -84,7 +91,12 @@ class Loop:
         if self._drafting:
             self._records[generation.request.id] = self._drafting.record(generation.request.prompt)
 
-    def close(self, generation: Generation) -> None:
+    def cancel(self, generation: Generation) -> None:
+        """Ends a request where it is; nothing happens if it has ended, or was never added."""
+        generation.end("cancelled")
+        self._close(generation)
+
+    def _close(self, generation: Generation) -> None:
         """Forgets a request that has ended."""
         self._records.pop(generation.request.id, None)
         for scheduler, running in zip(self._schedulers, self._running, strict=True):
@@ -106,11 +118,8 @@ class Loop:
         """Sends the next dispatch, and reads the one before it.
 
         Raises:
-          RuntimeError: if an earlier dispatch failed: what was on the device is lost. Or from a function that the
-            loop itself calls, such as one of allowed tokens.
+          RuntimeError: if an earlier dispatch failed: what was on the device is lost.
         """
-        if self._planning:
-            raise RuntimeError("the engine is planning a step, and cannot be used by what it calls meanwhile")
         with self._guarded():
             plans = self._plans()
             if any(plans):
@@ -139,14 +148,11 @@ class Loop:
             raise RuntimeError(
                 "a step of this engine failed, and its cache is lost; make a new engine"
             ) from self._failure
-        self._planning = True
         try:
             yield
         except BaseException as error:
             self._failure = error
             raise
-        finally:
-            self._planning = False
 
     def _plans(self) -> list[Plan | None]:
         """Of each data shard; all take part in one dispatch, so none decodes for more steps than another can."""
@@ -213,11 +219,11 @@ class Loop:
                 if record := self._records.get(piece.request.id):
                     record.take(tokens[-1], _asked(out, dispatch.drafts, row))
                 if generation.error:  # it has no tokens to go on from
-                    self.close(generation)
+                    self._close(generation)
             scheduler.complete(plan, tokens)
             for generation in generations:
                 if generation.ended:
-                    self.close(generation)
+                    self._close(generation)
 
 
 def _nothing(scheduler: Scheduler) -> Plan:

@@ -46,9 +46,17 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A piece of a stream: new text, and the whole result once it is there."""
+    """A piece of a stream.
+
+    Attributes:
+      text: new text; empty where there is no tokenizer.
+      token_ids: new tokens. Those whose text is not whole yet (bytes of a character, what may begin a stop string)
+        are here before it.
+      result: the whole, in the last piece.
+    """
 
     text: str
+    token_ids: list[int]
     result: Result | None = None
 
 

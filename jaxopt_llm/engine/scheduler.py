@@ -117,6 +117,16 @@ class Scheduler:
         """Takes a request in.
 
         Raises:
+          ValueError: as `check`.
+        """
+        self.check(request)
+        request.arrival = next(self._arrivals)
+        bisect.insort(self._waiting, request, key=_ORDER)
+
+    def check(self, request: Request) -> None:
+        """Reads nothing that ever changes, so that any thread may ask.
+
+        Raises:
           ValueError: if it is empty, was added before, or could never run.
         """
         config, length = self.config, len(request.prompt)
@@ -140,8 +150,6 @@ class Scheduler:
                     f"request {request.id} needs {peak} pages of {config.page_size} tokens ({window=}) and there are "
                     f"{count}; shorten its {length} prompt tokens or max_tokens={request.max_tokens}"
                 )
-        request.arrival = next(self._arrivals)
-        bisect.insort(self._waiting, request, key=_ORDER)
 
     def finish(self, request: Request) -> None:
         """Ends a request wherever it is; tokens of it in flight are dropped. Nothing happens if it has ended."""
