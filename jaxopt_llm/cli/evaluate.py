@@ -1,6 +1,6 @@
 """Perplexity of a model on a text and, with --reference, how far its predictions lie from another model's.
 
-The text is read in windows, without a BOS. The error of a figure comes from how much the windows differ.
+The text is read in windows, without a BOS. Intervals, of 95 % confidence, come from how much the windows differ.
 """
 
 import functools
@@ -74,7 +74,9 @@ def measure(
     return _own(found.perplexity) | {
         "kld_mean": found.kld_mean,
         "kld_stderr": found.kld_stderr,
+        "kld_interval": found.kld_interval,
         "same_top_p": found.same_top_p,
+        "same_top_interval": found.same_top_interval,
         "reference_perplexity": found.reference.perplexity,
     }
 
@@ -83,6 +85,8 @@ def _own(found: evaluate.Perplexity) -> dict[str, object]:
     return {
         "perplexity": found.perplexity,
         "perplexity_stderr": found.stderr,
+        "perplexity_interval": found.interval,
         "bits_per_byte": found.bits_per_byte,
+        "bits_per_byte_interval": found.bits_per_byte_interval,
         "tokens": found.tokens,
     }

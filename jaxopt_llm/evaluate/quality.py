@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxopt_llm.evaluate.estimate import Estimate, Interval
 from jaxopt_llm.evaluate.windows import Ids, Windows, check_sizes, cut
 from jaxopt_llm.models import Batch, Transformer, as_run
 from jaxopt_llm.text import Tokenizer
@@ -27,16 +28,19 @@ class Perplexity:
 
     Attributes:
       perplexity: `exp` of the mean negative log-likelihood of a token.
-      stderr: its standard error, from how windows differ; None for one window.
+      stderr, interval: its standard error and 95 % confidence interval, from how windows differ; None for one window.
       bits_per_byte: the negative log-likelihood in bits over the UTF-8 bytes of the tokens, which compares
         models of different vocabularies; None where no tokenizer was given.
+      bits_per_byte_interval: likewise.
       tokens: predictions that counted.
       window_nll: mean negative log-likelihood of a token in each window, nats.
     """
 
     perplexity: float
     stderr: float | None
+    interval: Interval | None
     bits_per_byte: float | None
+    bits_per_byte_interval: Interval | None
     tokens: int
     window_nll: tuple[float, ...]
 
@@ -47,16 +51,23 @@ class Comparison:
 
     Attributes:
       kld_mean: mean over tokens of KL(reference || model), nats.
-      kld_stderr: its standard error, from how windows differ; None for one window.
+      kld_stderr, kld_interval: its standard error and 95 % confidence interval, from how windows differ; None for one
+        window.
       same_top_p: share of positions where both rank the same token first.
+      same_top_stderr, same_top_interval: likewise.
       window_kld: mean of each window, nats.
+      token_kld: of each prediction that counted, in the order of the text.
       perplexity, reference: of the model, of the reference.
     """
 
     kld_mean: float
     kld_stderr: float | None
+    kld_interval: Interval | None
     same_top_p: float
+    same_top_stderr: float | None
+    same_top_interval: Interval | None
     window_kld: tuple[float, ...]
+    token_kld: Float[np.ndarray, "n"]
     perplexity: Perplexity
     reference: Perplexity
 
@@ -111,12 +122,17 @@ def compare(model: Transformer, reference: Transformer, ids: Ids, **reading: Unp
             "only models of one vocabulary can be compared token by token"
         )
     scores, plan, (own, other) = _measure([model, reference], ids, **reading)
-    kld, stderr = _mean(scores.kld, plan)
+    kld = _mean(scores.kld, plan).within(0, math.inf)
+    same_top = _mean(scores.same_top, plan).within(0, 1)
     return Comparison(
-        kld_mean=kld,
-        kld_stderr=stderr,
-        same_top_p=_mean(scores.same_top, plan)[0],
+        kld_mean=kld.value,
+        kld_stderr=kld.stderr,
+        kld_interval=kld.interval,
+        same_top_p=same_top.value,
+        same_top_stderr=same_top.stderr,
+        same_top_interval=same_top.interval,
         window_kld=_window_means(scores.kld, plan),
+        token_kld=scores.kld[plan.scored],
         perplexity=own,
         reference=other,
     )
@@ -201,36 +217,32 @@ def _in_chunks(function: Callable[[Any], Any], arrays: Any, rows: int) -> Any:
 
 
 def _perplexity(nll: np.ndarray, plan: Windows, tokenizer: Tokenizer | None) -> Perplexity:
-    mean, stderr = _mean(nll, plan)
-    tokens = int(plan.scored.sum())
-    bits = None
-    if tokenizer is not None:
-        size = len(tokenizer.to_bytes(plan.targets, skip_special=False))
-        bits = mean * tokens / math.log(2) / size
+    found = _mean(nll, plan).exp()
+    bits = None if tokenizer is None else _bits_per_byte(nll, plan, tokenizer)
     return Perplexity(
-        perplexity=math.exp(mean),
-        stderr=None if stderr is None else math.exp(mean) * stderr,  # to first order
-        bits_per_byte=bits,
-        tokens=tokens,
+        perplexity=found.value,
+        stderr=found.stderr,
+        interval=found.interval,
+        bits_per_byte=bits and bits.value,
+        bits_per_byte_interval=bits and bits.interval,
+        tokens=int(plan.scored.sum()),
         window_nll=_window_means(nll, plan),
     )
 
 
+def _bits_per_byte(nll: np.ndarray, plan: Windows, tokenizer: Tokenizer) -> Estimate:
+    sizes = [len(tokenizer.to_bytes(targets, skip_special=False)) for targets in plan.window_targets]
+    return Estimate.ratio(_window_sums(nll, plan) / math.log(2), np.array(sizes))
+
+
+def _mean(values: np.ndarray, plan: Windows) -> Estimate:
+    """Over the positions that count."""
+    return Estimate.ratio(_window_sums(values, plan), plan.scored.sum(1))
+
+
 def _window_means(values: np.ndarray, plan: Windows) -> tuple[float, ...]:
-    sums = np.where(plan.scored, values, 0).sum(1, dtype=np.float64)
-    return tuple(map(float, sums / plan.scored.sum(1)))
+    return tuple(map(float, _window_sums(values, plan) / plan.scored.sum(1)))
 
 
-def _mean(values: np.ndarray, plan: Windows) -> tuple[float, float | None]:
-    """The mean over the positions that count, and its standard error from the spread between windows.
-
-    Tokens of one window are no independent draws, windows nearly are, of unequal lengths: the error is that of
-    a ratio estimated over clusters (Cochran, Sampling Techniques, 3rd edition, section 9A).
-    """
-    counts = plan.scored.sum(1)
-    means = np.array(_window_means(values, plan))
-    mean, n = float(np.average(means, weights=counts)), len(counts)
-    if n == 1:
-        return mean, None
-    spread = np.square((means - mean) * counts).sum() * n / (n - 1)
-    return mean, float(math.sqrt(spread) / counts.sum())
+def _window_sums(values: np.ndarray, plan: Windows) -> Float[np.ndarray, "W"]:
+    return np.where(plan.scored, values, 0).sum(1, dtype=np.float64)

@@ -22,9 +22,10 @@ class Windows:
     scored: Bool[np.ndarray, "W T"]
 
     @property
-    def targets(self) -> Int[np.ndarray, "n"]:
-        """The tokens whose predictions count."""
-        return np.roll(self.tokens, -1, axis=1)[self.scored]
+    def window_targets(self) -> list[Int[np.ndarray, "n"]]:
+        """The tokens of each window whose predictions count."""
+        following = np.roll(self.tokens, -1, axis=1)
+        return [row[counts] for row, counts in zip(following, self.scored, strict=True)]
 
 
 def check_sizes(

@@ -39,7 +39,10 @@ def test_perplexity(score, storyteller, text):
     model, tokenizer = jo.load(storyteller)
     ids = expected_ids(tokenizer, text)
     expected = evaluate.perplexity(model, ids, window=32, windows=4, tokenizer=tokenizer)
-    assert figures(score("--windows=4", "--json")) == pytest.approx(
+    found = figures(score("--windows=4", "--json"))
+    assert found.pop("perplexity_interval") == pytest.approx(expected.interval)
+    assert found.pop("bits_per_byte_interval") == pytest.approx(expected.bits_per_byte_interval)
+    assert found == pytest.approx(
         {
             "perplexity": expected.perplexity,
             "perplexity_stderr": expected.stderr,
@@ -78,7 +81,9 @@ def test_for_people(score):
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
         "perplexity",
         "perplexity_stderr",
+        "perplexity_interval",
         "bits_per_byte",
+        "bits_per_byte_interval",
         "tokens",
     ]
     assert "scoring" in done.stderr

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy import stats
 
 import jaxopt_llm as jo
 from jaxopt_llm import evaluate
@@ -100,12 +101,25 @@ def test_a_model_does_not_differ_from_itself(model, ids):
     assert (found.kld_mean, found.same_top_p) == (0.0, 1.0)
 
 
-def test_standard_error_is_that_of_a_mean_over_windows(model, ids):
-    found = evaluate.perplexity(model, ids[:320], window=64)
-    nll = np.array(found.window_nll)
-    expected = nll.std(ddof=1) / math.sqrt(len(nll))  # windows of one length: the usual formula
-    assert found.stderr == pytest.approx(found.perplexity * expected, rel=1e-6)
-    assert evaluate.perplexity(model, ids[:64], window=64).stderr is None
+def test_errors_come_from_how_windows_differ(stories, coarse, ids):
+    """Windows of one length: SciPy's formulas for a mean."""
+    model, tokenizer = stories
+    found = evaluate.compare(coarse, model, ids[:320], window=64, tokenizer=tokenizer)
+    own, pairs = found.perplexity, found.token_kld.reshape(5, 63)
+    sem = stats.sem(own.window_nll)
+    interval = stats.t.interval(0.95, df=4, loc=np.mean(own.window_nll), scale=sem)
+    assert own.stderr == pytest.approx(own.perplexity * sem, rel=1e-5)
+    assert own.interval == pytest.approx(np.exp(interval), rel=1e-5)
+    np.testing.assert_allclose(pairs.mean(1), found.window_kld, rtol=1e-5)
+    assert found.kld_stderr == pytest.approx(stats.sem(found.window_kld), rel=1e-5)
+    low, high = found.kld_interval
+    assert low < found.kld_mean < high
+    low, high = found.same_top_interval
+    assert 0 <= low < found.same_top_p < high <= 1
+    low, high = own.bits_per_byte_interval
+    assert low < own.bits_per_byte < high
+    alone = evaluate.perplexity(model, ids[:64], window=64, tokenizer=tokenizer)
+    assert (alone.stderr, alone.interval, alone.bits_per_byte_interval) == (None, None, None)
 
 
 def test_chunks_do_not_change_figures(model, coarse, ids, monkeypatch):
