@@ -13,7 +13,7 @@ from jaxopt_llm.checkpoints import export_gguf, export_hf
 from jaxopt_llm.models import from_params, num_params, weights
 from jaxopt_llm.models.layers import Norm
 from jaxopt_llm.prune import Kept, cut
-from tests import exportable, families
+from tests import exportable
 
 TOKENS = np.arange(48).reshape(2, 24) * 7 % 90
 
