@@ -53,7 +53,7 @@ def place(
         return _build(name, spec, empty, lambda a, b: [x for x in codes(a, b) if x is not None], sharding)
     if rounding is not None:
         rounding.check(shape[-1], name)
-        read = lambda a, b: jax.tree.leaves(rounding.round(source.read(a, b, np.float32)))
+        read = lambda a, b: jax.tree.leaves(rounding.quantize(source.read(a, b, np.float32)))
         return _build(name, spec, rounding.shapes(shape), read, sharding)
     return _build(name, spec, Leaf(shape, dtype), lambda a, b: [source.read(a, b, dtype)], sharding)
 

@@ -31,6 +31,7 @@ from jaxopt_llm.text import Tokenizer
 MARKER = "jaxopt_llm.json"
 _PARAMS = "params"
 _VERSION = 1
+_CODES = {8: (jnp.int8, jnp.float8_e4m3fn), 4: (jnp.uint8,), 3: (jnp.uint8,)}  # dtypes by bits
 _CHUNK = 4 << 20  # bytes; each device that needs a part of a chunk reads all of it
 
 
@@ -189,10 +190,10 @@ def _empty(entry: dict[str, Any]) -> Any:
     data, scale = _leaf(entry["data"], jnp.dtype), _leaf(entry["scale"], _float)
     bias = _leaf(entry["bias"], _float) if "bias" in entry else None
     weight = QArray(data, scale, bias, bits=entry["bits"], act=_act(entry["act"]))
-    features, dtype = weight.shape[-1], {8: jnp.int8, 4: jnp.uint8}[weight.bits]
-    whole = [features % scale.shape[-1] == 0, weight.act is None or features % weight.act[1] == 0]
+    features, dtypes = weight.shape[-1], _CODES[weight.bits]
+    whole = [features % scale.shape[-1] == 0, weight.act is None or features % (weight.act[1] or 1) == 0]
     if (
-        data.dtype != dtype
+        data.dtype not in dtypes
         or scale.shape[:-1] != data.shape[:-1]
         or bias not in (None, scale)
         or not all(whole)
@@ -201,11 +202,12 @@ def _empty(entry: dict[str, Any]) -> Any:
     return weight
 
 
-def _act(described: Any) -> tuple[int, int] | None:
+def _act(described: Any) -> tuple[int, int | None] | None:
     if described is None:
         return None
     bits, group = described
-    if not (type(bits) is type(group) is int and 2 <= bits <= 8 and group > 0):
+    per_group = group is None or (type(group) is int and group > 0)
+    if not (type(bits) is int and 2 <= bits <= 8 and per_group):
         raise ValueError(f"act={described!r} is no rounding of activations")
     return bits, group
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxopt_llm.kernels.cpu.panels import Panels
+from jaxopt_llm.kernels.cpu.panels import ROUND_ROWS, Panels
 from jaxopt_llm.kernels.cpu.product import product
+from jaxopt_llm.kernels.formats import round_symmetric
 from jaxopt_llm.kernels.norm import per_feature, rms_norm
 from jaxopt_llm.kernels.packed import Packed
-from jaxopt_llm.kernels.qarray import QArray, Weight, round_symmetric
+from jaxopt_llm.kernels.qarray import Act, QArray, Weight
 
 _GATES: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -27,7 +28,8 @@ def linear(x: Float[Array, "*B I"], w: Weight | Packed) -> Float[Array, "*B O"]:
     Args:
       x: activations, any float dtype; the result has the same dtype.
       w: weight `[O, I]`, one row per output. A `QArray` with `act=(8, 32)` also rounds `x` to int8,
-        symmetric, one scale every 32 features, so that the product can run on integer units.
+        symmetric, one scale every 32 features, so that the product can run on integer units; with `act=(8, None)`
+        one scale a row (LLM.int8(), arXiv:2208.07339, section 2.1).
 
     Raises:
       ValueError: if the inner dimensions differ.
@@ -81,9 +83,12 @@ def fused(
     outputs = []
     for part, bias in zip(w.parts, w.biases, strict=True):
         if isinstance(part, Panels):
-            y = product(x, part, bias=bias, gain=w.gain, eps=w.eps, gate=gate, sizes=sizes)
+            own, gain = x, w.gain
+            if part.act == ROUND_ROWS:
+                own, gain = round_activations(_normed(x, w, kernel=True), part.act), None
+            y = product(own, part, bias=bias, gain=gain, eps=w.eps, gate=gate, sizes=sizes)
         else:
-            y = multiply(x if w.gain is None else rms_norm(x, w.gain, eps=w.eps), part)
+            y = multiply(_normed(x, w), part)
             if bias is not None:
                 y = y + _spread(bias.astype(y.dtype), y, sizes)
         outputs.append(y)
@@ -92,6 +97,10 @@ def fused(
         return y
     first, second = jnp.split(y, 2, axis=-1)
     return _GATES[w.gate](first) * second
+
+
+def _normed(x: Array, w: Packed, *, kernel: bool = False) -> Array:
+    return x if w.gain is None else rms_norm(x, w.gain, eps=w.eps, kernel=kernel)
 
 
 def _spread(bias: Array, y: Array, sizes: Array | None) -> Array:
@@ -109,18 +118,41 @@ def _per_channel(w: QArray) -> bool:
     return w.scale.shape[-1] == 1 and w.bias is None
 
 
-def round_activations(x: Float[Array, "*B I"], act: tuple[int, int] | None) -> Float[Array, "*B I"]:
+def _integer(w: QArray) -> bool:
+    """Whether a product is one sum of integers for each row and channel."""
+    return _per_channel(w) and w.act == (8, None) and w.data.dtype == jnp.int8
+
+
+def _integer_linear(x: Array, w: QArray) -> Array:
+    codes, scale = round_symmetric(x, bits=8, group=x.shape[-1])
+    y = jax.lax.platform_dependent(codes, w.data, cpu=sum_as_floats, default=sum_as_integers)
+    return (y * scale * per_feature(w.scale[:, 0].astype(jnp.float32), y)).astype(x.dtype)
+
+
+def sum_as_integers(x: Int[Array, "*B I"], w: Int[Array, "O I"]) -> Float[Array, "*B O"]:
+    """Products of int8 codes on units made for them."""
+    return _dot(x, w, jnp.int32).astype(jnp.float32)
+
+
+def sum_as_floats(x: Int[Array, "*B I"], w: Int[Array, "O I"]) -> Float[Array, "*B O"]:
+    """The same where XLA has no fast product of integers: exact up to 1,040 features, then as float32 sums are."""
+    return _dot(x.astype(jnp.float32), w.astype(jnp.float32))
+
+
+def round_activations(x: Float[Array, "*B I"], act: Act | None) -> Float[Array, "*B I"]:
     """`x` rounded as `QArray.act` says (bits, group); `x` itself for None."""
     if act is None:
         return x
     bits, group = act
-    codes, scale = round_symmetric(x, bits=bits, group=group)
-    values = codes.reshape(*scale.shape, group).astype(jnp.float32) * scale[..., None]
+    codes, scale = round_symmetric(x, bits=bits, group=group or x.shape[-1])
+    values = codes.reshape(*scale.shape, -1).astype(jnp.float32) * scale[..., None]
     return values.reshape(x.shape).astype(x.dtype)
 
 
 @jax.custom_vjp
 def _quantized_linear(x: Array, w: QArray) -> Array:
+    if _integer(w):
+        return _integer_linear(x, w)
     x = round_activations(x, w.act)
     if _per_channel(w):  # the scale follows the sum: no dequantized copy of the weight
         y = _dot(x, w.codes().astype(x.dtype), jnp.float32)  # sums of codes outgrow float16

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxopt_llm.kernels.cpu import library
-from jaxopt_llm.kernels.qarray import round_symmetric
+from jaxopt_llm.kernels.formats import round_symmetric
 
 GROUP = 16  # keys that the CPU kernel reads at once
 _MAX_WIDTH = 512  # of a head, in the CPU kernel

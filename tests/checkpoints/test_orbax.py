@@ -30,7 +30,7 @@ CONFIG = parse_config(
         "vocab_size": 96,
     }
 )
-FORMATS = ["float", "int8", "int8_block"]
+FORMATS = ["float", "int8", "int8_block", "w8a8", "fp8", "int3_g32_zero"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,9 @@ def test_restored_on_a_mesh(models, saved, name):
     assert_same(restored, models[name])
     down = restored.layers[0].mlp.down.weight.get_value()
     shards = [leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(down)]
-    assert shards == ([(64, 32)] if name == "float" else [(64, 32), (64, 1)])
+    codes = (64, 12) if name.startswith("int3") else (64, 32)
+    scales = {"float": 0, "int3_g32_zero": 2}.get(name, 1)
+    assert shards == [codes] + [(64, 1)] * scales
 
 
 def test_a_sharded_model_is_saved_whole(models, saved, tmp_path):

@@ -6,7 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxopt_llm.kernels import FORMATS, QArray, embed, linear, round_symmetric
+from jaxopt_llm.kernels import FORMATS, QArray, embed, linear, quantization_format, round_symmetric
+
+NAMES = [*FORMATS, "int8_g32_zero", "int4_g64_zero", "int3_g32_min", "int3_g64"]
 
 
 def weight(outputs=24, features=64, seed=0):
@@ -34,13 +36,13 @@ def test_four_bit_values(bias):
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (5, 3, 64)])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 def test_linear(name, shape):
-    w = FORMATS[name].quantize(weight())
+    w = quantization_format(name).quantize(weight())
     x = jax.random.normal(jax.random.key(1), shape)
     rounded = np.asarray(x, np.float64)
     if w.act:
-        groups = rounded.reshape(*shape[:-1], 2, 32)
+        groups = rounded.reshape(*shape[:-1], -1, w.act[1] or 64)
         step = np.abs(groups).max(-1, keepdims=True) / 127
         rounded = (np.round(groups / step) * step).reshape(shape)
     expected = rounded @ np.asarray(w.dequantize(), np.float64).T
@@ -48,9 +50,9 @@ def test_linear(name, shape):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("name", [None, *FORMATS])
+@pytest.mark.parametrize("name", [None, *NAMES])
 def test_result_has_the_activations_dtype(name, dtype):
-    w = FORMATS[name].quantize(weight()) if name else weight()
+    w = quantization_format(name).quantize(weight()) if name else weight()
     x = jax.random.normal(jax.random.key(1), (3, 64)).astype(dtype)
     y = linear(x, w)
     assert y.dtype == dtype
@@ -59,10 +61,10 @@ def test_result_has_the_activations_dtype(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 def test_long_sums_of_codes_fit_narrow_floats(name, dtype):
     """Sums over 4096 codes reach 500,000, where float16 ends at 65,504; the products themselves are small."""
-    w = FORMATS[name].quantize(0.01 + 0.001 * weight(features=4096))
+    w = quantization_format(name).quantize(0.01 + 0.001 * weight(features=4096))
     x = (1 + 0.1 * jax.random.normal(jax.random.key(1), (2, 4096))).astype(dtype)
     expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
     np.testing.assert_allclose(linear(x, w).astype(jnp.float32), expected, rtol=0.01)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxopt_llm.kernels import FORMATS, QArray, embed, linear, pack, rms_norm
+from jaxopt_llm.kernels import FORMATS, QArray, embed, linear, pack, quantization_format, rms_norm
 from jaxopt_llm.kernels.cpu.panels import Panels
 
 P = jax.sharding.PartitionSpec
@@ -23,11 +23,13 @@ def block(seed, outputs, inputs=64):
     return FORMATS["int8_block"].quantize(normal(seed, outputs, inputs) * 0.2)
 
 
-@pytest.fixture(params=["float", "int8", "int8_block"])
+@pytest.fixture(params=["float", "int8", "int8_block", "w8a8", "fp8", "int3_g32_zero"])
 def weights(request):
     """A few of one input, whose outputs are no multiple of anything."""
     plain = [normal(seed, outputs, 64) * 0.2 for seed, outputs in enumerate((37, 5, 22))]
-    return plain if request.param == "float" else [FORMATS[request.param].quantize(w) for w in plain]
+    return (
+        plain if request.param == "float" else [quantization_format(request.param).quantize(w) for w in plain]
+    )
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -40,9 +42,9 @@ def test_fused_outputs_follow_one_another(weights, platform):
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, "int4_g64_zero", "int8_g32_zero", "int3_g32", "int3_g64_min"])
 def test_gate(name, platform):
-    gate, up = (FORMATS[name].quantize(normal(seed, 37, 64) * 0.2) for seed in (0, 1))
+    gate, up = (quantization_format(name).quantize(normal(seed, 37, 64) * 0.2) for seed in (0, 1))
     x = normal(2, 5, 64)
     y = linear(x, pack([gate, up], gate="silu", platform=platform))
     np.testing.assert_allclose(y, jax.nn.silu(linear(x, gate)) * linear(x, up), atol=1e-4)

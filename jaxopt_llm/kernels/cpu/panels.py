@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxopt_llm.kernels.qarray import QArray, Weight
+from jaxopt_llm.kernels.qarray import Act, QArray, Weight
 
 LANES = 16  # outputs of a panel
 _BLOCK = 16  # inputs, at least, that share a scale of the weights
 _ROUNDED = 32  # inputs that share a scale of rounded activations
+ROUND_BLOCKS, ROUND_ROWS = (8, _ROUNDED), (8, None)
 _BYTE_ZERO = 128  # 8-bit codes are stored unsigned, with this added
 _NIBBLE_ZERO = 8  # likewise, 4-bit ones that have no minimum
 _LONGEST_SUM = 2**17  # products of a code and a digit, at most 128 * 127, that an int32 holds
@@ -34,7 +35,7 @@ class Panels:
       minimum: as scale, added to `scale * code`; None for symmetric codes.
       rows: O; the last panel may be partly empty.
       bits: width of a code.
-      round: whether activations are rounded to 8 bits in blocks.
+      act: how activations are rounded, as `QArray.act`: in blocks by the kernel, in rows before it.
       paired: whether panels alternate between the weights' first and second half.
     """
 
@@ -43,7 +44,7 @@ class Panels:
     minimum: Any
     rows: int = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})
-    round: bool = dataclasses.field(metadata={"static": True})
+    act: Act | None = dataclasses.field(metadata={"static": True})
     paired: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -76,14 +77,15 @@ def form(w: Weight) -> Hashable | None:
     if not isinstance(w, QArray) or w.ndim not in (2, 3):
         return None
     known = (
-        w.bits in (8, 4)
+        w.bits in (8, 4, 3)
+        and jnp.issubdtype(w.data.dtype, jnp.integer)
         and w.group % _BLOCK == 0
         and w.group <= _LONGEST_SUM
-        and (w.act is None or (w.act == (8, _ROUNDED) and w.shape[-1] % _ROUNDED == 0))
+        and (w.act in (None, ROUND_ROWS) or (w.act == ROUND_BLOCKS and w.shape[-1] % _ROUNDED == 0))
         and w.scale.dtype in _SCALES
         and (w.bias is None or w.bias.dtype == w.scale.dtype)
     )
-    return (w.bits, w.act, w.bias is None, w.group, w.scale.dtype) if known else None
+    return (_width(w), w.act, w.bias is None, w.group, w.scale.dtype) if known else None
 
 
 @functools.partial(jax.jit, static_argnames="paired")
@@ -99,16 +101,21 @@ def pack(weights: Sequence[QArray], *, paired: bool) -> Panels:
         scale=arrange(scale, paired).swapaxes(1, 2),
         minimum=None if first.bias is None else arrange([w.bias for w in weights], paired).swapaxes(1, 2),
         rows=sum(w.shape[0] for w in weights),
-        bits=first.bits,
-        round=first.act is not None,
+        bits=_width(first),
+        act=first.act,
         paired=paired,
     )
+
+
+def _width(w: QArray) -> int:
+    """Bits that a code takes in panels: one of 3 lies in a nibble, as it is."""
+    return 8 if w.bits == 8 else 4
 
 
 def _vectors(w: QArray) -> Shaped[Array, "O vectors 4"]:
     zero = _BYTE_ZERO if w.bits == 8 else _NIBBLE_ZERO if w.bias is None else 0
     codes = (w.codes().astype(jnp.int16) + zero).astype(jnp.uint8).reshape(w.shape[0], -1, 4)
-    return codes if w.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
+    return codes if _width(w) == 8 else codes[:, ::2] | codes[:, 1::2] << 4
 
 
 def arrange(parts: Sequence[Shaped[Array, "_ *rest"]], paired: bool) -> Shaped[Array, "panels 16 *rest"]:

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxopt_llm.kernels.cpu import library
-from jaxopt_llm.kernels.cpu.panels import Panels
+from jaxopt_llm.kernels.cpu.panels import ROUND_BLOCKS, Panels
 
 GATES = ("silu", "gelu", "gelu_tanh")  # as `enum class Gate` after kNone
 
@@ -49,7 +49,7 @@ def product(
         jnp.zeros(0, jnp.int32) if sizes is None else sizes.astype(jnp.int32),
         eps=np.float32(eps),
         bits=np.int32(w.bits),
-        round=w.round,
+        round=w.act == ROUND_BLOCKS,
         gate=np.int32(0 if gate is None else 1 + GATES.index(gate)),
     )
     return y.reshape(*x.shape[:-1], outputs).astype(x.dtype)
