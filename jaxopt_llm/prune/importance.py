@@ -122,7 +122,7 @@ def choose(scores: Importance, config: ModelConfig, shape: Shape, *, depth: Dept
     of, own = (*scores.heads.shape, len(scores.embed)), (config.num_layers, config.num_heads, config.d_model)
     if of != own:
         raise ValueError(
-            f"the importance scores are of layers, heads and width {of}, the model has {own}; measure them on this model"
+            f"the importance is of layers, heads and width {of}, the model has {own}; measure it on this model"
         )
     sizes = shape.resolve(config)
     layers = _layers(scores, sizes["num_layers"], depth)

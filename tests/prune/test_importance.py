@@ -144,7 +144,7 @@ def test_scores_that_do_not_fit_are_refused(tmp_path):
         ValueError, match="without each layer was not measured; measure with without_layers=True"
     ):
         choose(of(), CONFIG, Shape(num_layers=2), depth="perplexity")
-    with pytest.raises(ValueError, match="measure them on this model"):
+    with pytest.raises(ValueError, match="measure it on this model"):
         choose(of(layers=3), CONFIG, Shape())
     jo.checkpoints.write_weights(tmp_path / "other.safetensors", {"embed": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"holds \['embed'\], which are no importance scores"):
