@@ -18,6 +18,7 @@ from jaxopt_llm.checkpoints.loader import (
 )
 from jaxopt_llm.checkpoints.orbax import is_checkpoint as is_own
 from jaxopt_llm.checkpoints.orbax import save
+from jaxopt_llm.checkpoints.parts import read_weights, write_weights
 from jaxopt_llm.checkpoints.resolve import ALIASES, resolve
 
 __all__ = [
@@ -37,7 +38,9 @@ __all__ = [
     "mesh_sharding",
     "read_config",
     "read_tokenizer",
+    "read_weights",
     "resolve",
     "save",
     "stored_bytes",
+    "write_weights",
 ]

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -224,11 +224,11 @@ def write(
     directory, metadata = Path(directory), dict(metadata or {})
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
-        _write_file(directory / SINGLE, shards[0], metadata)
+        _write_path(directory / SINGLE, shards[0], metadata)
         return
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
-        _write_file(directory / file, shard, metadata)
+        _write_path(directory / file, shard, metadata)
     index = {
         "metadata": {"total_size": sum(_nbytes(spec) for shard in shards for spec in shard)},
         "weight_map": {spec[0]: file for file, shard in zip(files, shards, strict=True) for spec in shard},
@@ -263,10 +263,18 @@ def _split(tensors: Iterable[TensorSpec], max_bytes: int) -> list[list[TensorSpe
     return shards
 
 
-def _write_file(path: Path, tensors: list[TensorSpec], metadata: dict[str, str]) -> None:
-    """Byte for byte what the reference library writes: widest types first, then by name; padded to 8."""
+def _write_path(path: Path, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
+    with open(path, "wb") as file:
+        write_file(file, tensors, metadata)
+
+
+def write_file(file: BinaryIO, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
+    """Writes one safetensors file, with arguments as `write` has them.
+
+    Byte for byte what the reference library writes: widest types first, then by name; padded to 8.
+    """
     tensors = sorted(tensors, key=lambda spec: (-_RANK[np.dtype(spec[2])][0], spec[0]))
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for spec in tensors:
         begin, end = end, end + _nbytes(spec)
@@ -277,12 +285,11 @@ def _write_file(path: Path, tensors: list[TensorSpec], metadata: dict[str, str])
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape, dtype, value in tensors:
-            array = np.asarray(value() if callable(value) else value)
-            if array.shape != tuple(shape) or array.dtype != dtype:
-                due = f"{np.dtype(dtype)}{tuple(shape)}"
-                raise ValueError(f"tensor {name!r} is {array.dtype}{array.shape}, announced as {due}")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            del array
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name, shape, dtype, value in tensors:
+        array = np.asarray(value() if callable(value) else value)
+        if array.shape != tuple(shape) or array.dtype != dtype:
+            due = f"{np.dtype(dtype)}{tuple(shape)}"
+            raise ValueError(f"tensor {name!r} is {array.dtype}{array.shape}, announced as {due}")
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        del array

@@ -218,9 +218,7 @@ class Transformer(nnx.Module):
         """Hidden states after the final norm, and the cache with this batch's keys and values in it."""
         ropes = [self.config.layer_rope(i) for i in range(self.config.num_layers)]
         with jax.named_scope("embed"):
-            x = self.embed(batch.tokens, self.dtype)
-            if self.config.scale_embedding:
-                x = x * jnp.asarray(math.sqrt(self.config.d_model), self.dtype)
+            x = self.embedded(batch.tokens)
             turn = lambda rope: rotation(rope, self.config.head_dim, batch.positions)
             turns = {rope: turn(rope) for rope in dict.fromkeys(ropes)}
         pages = []
@@ -231,6 +229,13 @@ class Transformer(nnx.Module):
         with jax.named_scope("head"):
             hidden = self.final_norm(x)
         return hidden, None if cache is None else tuple(pages)
+
+    def embedded(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """Hidden states before the first layer."""
+        x = self.embed(tokens, self.dtype)
+        return (
+            x * jnp.asarray(math.sqrt(self.config.d_model), self.dtype) if self.config.scale_embedding else x
+        )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores of the next token, float32."""

@@ -1,0 +1,8 @@
+"""Floor 5: what the products of a model see, layer by layer, and a walk that changes each layer in its turn."""
+
+from jaxopt_llm.calibrate.method import LayerWeights, Method
+from jaxopt_llm.calibrate.statistics import INPUTS, Statistics, Wants, inputs
+from jaxopt_llm.calibrate.text import calibration_ids
+from jaxopt_llm.calibrate.walk import walk
+
+__all__ = ["INPUTS", "LayerWeights", "Method", "Statistics", "Wants", "calibration_ids", "inputs", "walk"]
