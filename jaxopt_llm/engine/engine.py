@@ -80,7 +80,7 @@ class Engine:
       model: any model, quantized or not.
       tokenizer: may be None where prompts are token ids and no text is wanted.
       config: sizes.
-      processors: JAX functions `(logits [B, V], last tokens [B], positions [B]) -> logits`, before sampling.
+      processors: JAX functions `(logits [B, V], last tokens [B], positions [B]) -> logits`, before sampling; for any B.
       draft: a smaller model with the same tokenizer, on the same devices, whose guesses the model verifies several at
         a time: the tokens stay the same and come sooner where it guesses well. Requests that only the full program
         serves (penalties, log-probabilities, masks, biases) do without.

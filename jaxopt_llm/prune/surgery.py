@@ -47,11 +47,11 @@ def cut(model: Transformer, kept: Kept) -> Transformer:
       ValueError: for quantized weights, indices that the model lacks or that are not ascending, key/value groups of
         unequal size, or feed-forward channels of a model with experts.
     """
-    _refuse_quantized(model)
+    floats = float_weights(model)
     parts = _Parts.of(model.config, kept)
     values = {
         parts.renamed(name): _taken(value, parts.of_each_axis(name, spec))
-        for (name, spec), value in zip(specs(model).items(), weights(model).values(), strict=True)
+        for (name, spec), value in zip(specs(model).items(), floats.values(), strict=True)
         if parts.keep(name)
     }
     if model.config.scale_embedding:
@@ -135,10 +135,18 @@ class _Parts:
                 yield (units[:, None] * rows + np.arange(rows)).reshape(-1)
 
 
-def _refuse_quantized(model: Transformer) -> None:
-    codes = next((name for name, value in weights(model).items() if isinstance(value, QArray)), None)
-    if codes:
-        raise ValueError(f"{codes} is quantized; prune the float model, then quantize what is left")
+def float_weights(model: Transformer) -> dict[str, Array]:
+    """Every parameter's value under its name.
+
+    Raises:
+      ValueError: for a quantized one.
+    """
+    floats = {}
+    for name, value in weights(model).items():
+        if isinstance(value, QArray):
+            raise ValueError(f"{name} is quantized; prune the float model, then quantize what is left")
+        floats[name] = value
+    return floats
 
 
 def _checked(name: str, indices: Sequence[int] | None, size: int) -> Indices:

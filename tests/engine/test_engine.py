@@ -1,5 +1,7 @@
 """The engine on a real, tiny model: what a batch gives is what each prompt gives alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 import jaxopt_llm as jo
 from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
+from jaxopt_llm.engine.step import step
 from jaxopt_llm.models import weights
 from tests.engine import oracle
 
@@ -65,6 +68,7 @@ def test_stream_joins_to_the_result(engine):
     assert last.result.token_ids == again.token_ids
     assert last.result.text == again.text
     assert "".join(chunk.text for chunk in [*chunks, last]) == last.result.text
+    assert [token for chunk in [*chunks, last] for token in chunk.token_ids] == last.result.token_ids
     assert len(chunks) >= 2
 
 
@@ -145,6 +149,23 @@ def test_bad_calls(stories, engine):
         Engine(model, processors=[lambda logits: logits])
     with pytest.raises(ValueError, match=r"logits processor <lambda> gives None; it must give"):
         Engine(model, processors=[lambda logits, tokens, positions: None])
+    with pytest.raises(ValueError, match=r"gives .*shape=\(1, 1024\).*; it must give .*shape=\(2, 512\)"):
+        Engine(model, processors=[lambda logits, tokens, positions: logits.reshape(1, -1)])
+
+
+def test_processors_are_traced_at_every_size_before_a_program_is(monkeypatch, unchecked):
+    """Nothing is compiled here: what a step gives is traced, and shapes stand for the state."""
+    met = set()
+    note = lambda logits, tokens, positions: met.add(len(logits)) or logits
+    sizes = EngineConfig(max_slots=3, max_seq_len=64, max_tokens_per_step=32, prompt_lookup=True)
+    engine = Engine(oracle.tiny("llama"), None, sizes, processors=[note])
+    checked = met.copy()
+    met.clear()
+    traced = lambda *arguments, program: jax.eval_shape(functools.partial(step, program=program), *arguments)
+    monkeypatch.setattr("jaxopt_llm.engine.runner.step", traced)
+    engine.warm_up()
+    engine.warm_up(full=True)
+    assert met == checked == {1, 2, 3, 4, 8, 12, 16, 24}
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])

@@ -1,7 +1,9 @@
 """Who waits for what: streams, threads, coroutines, ends before the end, and an engine after a fault."""
 
 import asyncio
+import contextlib
 import dataclasses
+import signal
 import threading
 
 import numpy as np
@@ -89,6 +91,51 @@ def test_coroutines(engine, texts):
     assert asyncio.run(both()) == texts
 
 
+def test_coroutines_beside_a_thread(engine, texts):
+    """While one thread keeps the engine busy, others are told on their own event loop, and may change their minds."""
+
+    async def main():
+        work = asyncio.create_task(asyncio.to_thread(engine.generate, PROMPTS[:2], PARAMS))
+        async with engine.submit(PROMPTS[2], PARAMS) as stream:
+            first = await anext(stream)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(anext(stream), 0)
+        text = (await engine.submit(PROMPTS[3], PARAMS)).text
+        return first.text, [result.text for result in await work], text
+
+    first, others, last = asyncio.run(main())
+    assert texts[2].startswith(first)
+    assert [*others, last] == [texts[0], texts[1], texts[3]]
+
+
+def test_what_is_dropped_holds_up_nobody(engine, stories):
+    """Neither other requests nor an exchange of the weights."""
+    for _ in engine.submit(PROMPTS[0], PARAMS):
+        break
+    engine.submit(PROMPTS[1], PARAMS)
+    engine.update(stories[0])
+    metrics = engine.metrics()
+    assert (metrics.waiting, metrics.running, metrics.pages_used) == (0, 0, (0,))
+
+
+@pytest.mark.parametrize("where", ["run", "read"])
+def test_an_interrupt_in_a_step_waits_for_its_end(engine, texts, monkeypatch, where):
+    """Control-C while a program is compiled or sent, or while its result is fetched."""
+    stream = engine.submit(PROMPTS[1], PARAMS)
+    step, presses = getattr(engine._runner, where), [signal.SIGINT]
+
+    def interrupted(*arguments, **options):
+        if presses:
+            signal.raise_signal(presses.pop())
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(engine._runner, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([PROMPTS[0]], PARAMS)
+    assert stream.result().text == texts[1]
+    assert engine.metrics().running == 0
+
+
 def test_an_interrupt_while_waiting_loses_nothing(engine, texts, monkeypatch):
     """Control-C in a notebook: the call ends, its requests with it, and the engine goes on."""
     with monkeypatch.context() as patch:
@@ -122,6 +169,11 @@ def test_a_failed_step_is_told_to_all_who_come_later(stories, monkeypatch):
     with pytest.raises(MemoryError, match="no room"):
         engine.generate(["x"], PARAMS)
     monkeypatch.undo()
+
+    async def both():
+        return await asyncio.gather(stream, engine.submit("x", PARAMS), return_exceptions=True)
+
+    assert [str(error)[:27] for error in asyncio.run(both())] == ["a step of this engine faile"] * 2
     for later in (stream.result, lambda: engine.generate([LILY], PARAMS), lambda: engine.score(LILY)):
         with pytest.raises(RuntimeError, match=r"a step of this engine failed.*make a new engine") as caught:
             later()
