@@ -79,7 +79,7 @@ def schemes(values: Mapping[str, Any]) -> tuple[Scheme, ...]:
 
 
 def _scheme(group: Mapping[str, Any], format: Any) -> Scheme:
-    weights, targets = group.get("weights") or {}, group.get("targets") or ()
+    weights: dict[str, Any] = group.get("weights") or {}
     bits, strategy = weights.get("num_bits"), weights.get("strategy")
     known = (
         (format == "pack-quantized" and bits in HALF) or (format == "int-quantized" and bits == 8),
@@ -93,9 +93,9 @@ def _scheme(group: Mapping[str, Any], format: Any) -> Scheme:
             "of 8 or 4 bits and int-quantized of 8, a scale a channel or group, without actorder=group"
         )
     return Scheme(
-        targets=tuple(map(str, targets)),
+        targets=tuple(map(str, group.get("targets") or ())),
         format=format,
-        bits=bits,
+        bits=weights["num_bits"],
         group=weights.get("group_size") if strategy == "group" else None,
         symmetric=bool(weights.get("symmetric", True)),
         act=_act(group.get("input_activations")),

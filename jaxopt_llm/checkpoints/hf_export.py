@@ -16,7 +16,7 @@ from jaxopt_llm.checkpoints.atomic import atomic_directory
 from jaxopt_llm.checkpoints.files import TensorSpec
 from jaxopt_llm.checkpoints.floats import to_floats
 from jaxopt_llm.checkpoints.hf import CONFIG
-from jaxopt_llm.kernels import Weight
+from jaxopt_llm.kernels import QArray, Weight
 from jaxopt_llm.models import ModelConfig, Transformer, weights
 from jaxopt_llm.models.families import family, parse_config, write_config
 from jaxopt_llm.models.family import Source
@@ -101,7 +101,7 @@ def _settings(model: Transformer, kept: _Codes) -> dict[str, Any]:
     """`quantization_config`; products that have no codes are named in it."""
     floats = ["lm_head"] if model.config.tied else []
     for parameter, value in weights(model).items():
-        if value.ndim > 1 and parameter != "embed.weight":
+        if value.ndim > 1 and parameter.endswith(".weight") and parameter != "embed.weight":
             names = _names(family(model.config.family).source(parameter), value)
             floats += [name.removesuffix(".weight") for name in names if name not in kept]
     return compressed_export.settings([scheme for _, scheme in kept.values()], floats)

@@ -45,8 +45,13 @@ def _form(tensor: Tensor) -> Format | None:
         form = native_form(tensor.storage)
     except ValueError:
         return None
-    offset = "minimum" if form.bias else None
-    return Format(bits=form.bits, group=form.group, scale_dtype=form.scale, offset=offset, act=native_act())
+    return Format(
+        bits=form.bits,
+        group=form.group,
+        scale_dtype=form.scale,
+        offset="minimum" if form.bias else None,
+        act=native_act(),
+    )
 
 
 def native_act() -> tuple[int, int] | None:
@@ -62,8 +67,8 @@ def stacked(experts: Sequence[Located]) -> Located:
         return np.stack([expert.read(0, rows, dtype) for expert in experts[first:last]])
 
     def native(first: int, last: int) -> NativeBlocks:
-        parts = zip(*(expert.native(0, rows) for expert in experts[first:last] if expert.native), strict=True)
-        return NativeBlocks(*(None if some[0] is None else np.stack(some) for some in parts))
+        blocks = [expert.native(0, rows) for expert in experts[first:last] if expert.native]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
 
     form = experts[0].form
     return Located((count, *experts[0].shape), read, native if form else None, form)

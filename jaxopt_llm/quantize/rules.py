@@ -17,8 +17,7 @@ def check_rules(rules: Rules) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"rule {pattern!r} is no regular expression: {error}") from None
-        if not _leaves_floats(name):
-            quantization_format(name)
+        _format(name)
 
 
 def assign(model: Transformer, format: str | None, rules: Rules = ()) -> dict[str, Format]:
@@ -43,7 +42,7 @@ def assign(model: Transformer, format: str | None, rules: Rules = ()) -> dict[st
                 f"names are such as {next(reversed(widths))}"
             )
     names = {name: format if rule is None else rules[rule][1] for name, rule in deciding.items()}
-    chosen = {name: quantization_format(own) for name, own in names.items() if not _leaves_floats(own)}
+    chosen = {name: rounding for name, own in names.items() if (rounding := _format(own))}
     for name, own in chosen.items():
         own.check(widths[name], name)
     return chosen
@@ -58,5 +57,5 @@ def _first(rules: Rules, name: str) -> int | None:
     return next((number for number, (pattern, _) in enumerate(rules) if re.search(pattern, name)), None)
 
 
-def _leaves_floats(name: str | None) -> bool:
-    return name is None or name == "float"
+def _format(name: str | None) -> Format | None:
+    return None if name is None or name == "float" else quantization_format(name)
