@@ -20,15 +20,13 @@ class Status(enum.Enum):
 
 @dataclasses.dataclass(eq=False, kw_only=True, slots=True)
 class Request:
-    """One sequence on its way through the scheduler. The first seven fields are the caller's, the rest only to read.
+    """One sequence on its way through the scheduler. The first six fields are the caller's, the rest only to read.
 
     Attributes:
       id: the caller's name for it.
       prompt: token ids, one at least.
       max_tokens: most tokens to generate; 0 for a forward over the prompt alone.
       priority: requests of a lower number go first.
-      cache_key: what its keys and values depend on beside its tokens, such as an adapter's name; only requests with
-        the same one share pages.
       reuse: look for its prefix in the pages of others. Off where something is wanted of every position.
       stepwise: planned one step at a time, only once its last token is known: the host makes something of that for
         the next (a grammar's mask).
@@ -52,7 +50,6 @@ class Request:
     prompt: Sequence[int]
     max_tokens: int
     priority: int = 0
-    cache_key: str = ""
     reuse: bool = True
     stepwise: bool = False
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from jaxopt_llm.engine.pages import PagePool, PageTables, extend_chain
 
 
-def chain_of(tokens, page_size=4, key=""):
+def chain_of(tokens, page_size=4):
     chain: list[bytes] = []
-    extend_chain(chain, tokens, page_size=page_size, key=key)
+    extend_chain(chain, tokens, page_size=page_size)
     return chain
 
 
@@ -36,7 +36,6 @@ def test_a_chain_knows_all_before_it():
     assert chain[:2] == chain_of(tokens[:8])
     changed = chain_of([99, *tokens[1:]])
     assert not set(chain) & set(changed)
-    assert not set(chain) & set(chain_of(tokens, key="adapter"))
     assert len(set(chain_of([7] * 40))) == 10  # the same page further on is another page
 
 
@@ -44,8 +43,8 @@ def test_a_chain_is_extended_where_it_ended():
     tokens = list(range(30))
     chain: list[bytes] = []
     for end in range(len(tokens) + 1):
-        extend_chain(chain, tokens[:end], page_size=4, key="k")
-    assert chain == chain_of(tokens, key="k")
+        extend_chain(chain, tokens[:end], page_size=4)
+    assert chain == chain_of(tokens)
 
 
 def test_take_share_release():
