@@ -151,6 +151,8 @@ class Metrics:
     Attributes:
       programs: compiled, as an engine does.
       drafted, accepted: tokens that speculation verified, and those of them that were right.
+      worked_s: seconds that the device was seen at work. What ended while the host was elsewhere does not count, so
+        it may have stood idle for less than the rest.
     """
 
     waiting: int
@@ -163,3 +165,4 @@ class Metrics:
     programs: int = 0
     drafted: int = 0
     accepted: int = 0
+    worked_s: float = 0.0
