@@ -18,7 +18,7 @@ from jaxopt_llm.engine.clock import Clock
 from jaxopt_llm.engine.drafting import Asked, Drafting, Record
 from jaxopt_llm.engine.generation import Generation
 from jaxopt_llm.engine.inputs import Shape, Widths
-from jaxopt_llm.engine.plan import Metrics, Plan
+from jaxopt_llm.engine.plan import Metrics, Plan, Request
 from jaxopt_llm.engine.program import Inputs, Out
 from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerConfig
@@ -85,12 +85,12 @@ class Loop:
         self._schedulers[0].check(request)
 
     def add(self, generation: Generation) -> None:
-        """Takes a request in, where the fewest are.
+        """Takes a request in, on the data shard that suits it best.
 
         Raises:
           ValueError: as `check`.
         """
-        shard = min(range(len(self._running)), key=lambda i: len(self._running[i]))
+        shard = min(range(len(self._running)), key=lambda i: self._rank(i, generation.request))
         self._schedulers[shard].add(generation.request)
         self._running[shard][generation.request.id] = generation
         if self._drafting:
@@ -138,6 +138,12 @@ class Loop:
         """Compiles the program of this shape: see `inputs.idle`."""
         batch = inputs.idle(shape, self._widths, self._schedulers[0].page_table)
         self._run([batch] * len(self._schedulers), shape)
+
+    def _rank(self, shard: int, request: Request) -> tuple[bool, int, int]:
+        """The lowest goes first: the most of its prompt found computed, then the fewest requests; none that is full."""
+        load = len(self._running[shard])
+        full = load >= self.sizes.max_slots
+        return full, 0 if full else -self._schedulers[shard].known(request), load
 
     def _read(self) -> None:
         """Waits for the oldest dispatch in flight. An interrupt that comes meanwhile loses nothing."""

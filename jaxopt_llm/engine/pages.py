@@ -203,7 +203,7 @@ class PageTables:
         shared = self._shared(chain, tokens)
         if shared is None:
             return None
-        end = self._match(chain)
+        end = self.match(chain)
         for kind, (pool, pages) in enumerate(zip(self.pools, shared, strict=True)):
             first = self._first_seen(kind, end * self.page_size)
             pool.share(pages)
@@ -214,7 +214,7 @@ class PageTables:
 
     def _shared(self, chain: Sequence[bytes], tokens: int) -> list[list[int]] | None:
         """Pages of each kind that a new sequence can share; None where there is no room for the others it takes."""
-        end = self._match(chain)
+        end = self.match(chain)
         firsts = [self._first_seen(kind, end * self.page_size) for kind in range(len(self.pools))]
         shared = [pool.find(chain[first:end]) for pool, first in zip(self.pools, firsts, strict=True)]
         for pool, pages, peak in zip(self.pools, shared, self.peak(tokens), strict=True):
@@ -272,7 +272,7 @@ class PageTables:
         window = self._windows[kind]
         return 0 if window is None else max(0, position - window + 1) // self.page_size
 
-    def _match(self, chain: Sequence[bytes]) -> int:
+    def match(self, chain: Sequence[bytes]) -> int:
         """How many leading pages can be shared: of each kind, those that the query after them sees must be found."""
         best = 0
         since = [0] * len(self.pools)  # where the unbroken run of pages found so far starts, of each kind

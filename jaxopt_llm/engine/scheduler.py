@@ -151,6 +151,10 @@ class Scheduler:
                     f"{count}; shorten its {length} prompt tokens or max_tokens={request.max_tokens}"
                 )
 
+    def known(self, request: Request) -> int:
+        """Tokens of a request that it would find computed, were it to start now."""
+        return self._tables.match(self._shareable(request)) * self.config.page_size
+
     def finish(self, request: Request) -> None:
         """Ends a request wherever it is; tokens of it in flight are dropped. Nothing happens if it has ended."""
         if request.arrival is None:

@@ -184,12 +184,12 @@ def test_a_window_needs_only_its_own_pages_to_share():
     pages.release(1)
     window.take(13)  # evicts page 0 of the chain, which was given back first
     assert [digest in window for digest in chain] == [False, True, True, True]
-    assert pages._match(chain[:1]) == 0
-    assert pages._match(chain[:3]) == 3
+    assert pages.match(chain[:1]) == 0
+    assert pages.match(chain[:3]) == 3
     window.take(1)  # and page 3, the tail
-    assert pages._match(chain) == 3
+    assert pages.match(chain) == 3
     window.take(1)
-    assert pages._match(chain) == 0
+    assert pages.match(chain) == 0
 
 
 def brute_force_match(chain, registered, windows, page_size):
@@ -216,7 +216,7 @@ def test_match_is_the_longest(data):
         for page, digest in zip(pool.take(8), chain, strict=True):
             if digest in found:
                 pool.register(page, digest)
-    assert pages._match(chain) == brute_force_match(chain, registered, windows, page_size)
+    assert pages.match(chain) == brute_force_match(chain, registered, windows, page_size)
 
 
 def test_snapshots_stay_as_they_were():
