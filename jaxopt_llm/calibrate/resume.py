@@ -33,10 +33,10 @@ class Finished:
         self, folder: Path, model: Transformer, ids: Int[np.ndarray, "N T"], methods: Sequence[Method]
     ):
         self.folder = folder
-        run = {"model": _of_model(model), "text": _digest([ids]), "methods": [repr(m) for m in methods]}
+        run = origin(model, ids) | {"methods": [repr(m) for m in methods]}
         started = folder / _RUN
         if started.exists():
-            _compare(folder, json.loads(started.read_text("utf-8")), run)
+            refuse_another(folder, json.loads(started.read_text("utf-8")), run)
         else:
             with atomic_file(started) as file:
                 file.write(json.dumps(run, indent=1).encode())
@@ -54,11 +54,17 @@ class Finished:
         return self.folder / f"layer-{layer:05d}.safetensors"
 
 
-def _compare(folder: Path, there: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+def origin(model: Transformer, ids: Int[np.ndarray, "N T"]) -> dict[str, Any]:
+    """What tells calibrations apart: digests of the model and of the text."""
+    return {"model": _of_model(model), "text": _digest([ids])}
+
+
+def refuse_another(place: Path, there: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Raises ValueError if what is kept at `place` comes of something else than this run."""
     differs = [name for name, value in run.items() if there.get(name) != value]
     if differs:
         raise ValueError(
-            f"{folder} holds a calibration with another {' and '.join(differs)}; give the same to go on with it, "
+            f"{place} holds a calibration with another {' and '.join(differs)}; give the same to go on with it, "
             "or remove it to start anew"
         )
 

@@ -46,7 +46,7 @@ def walk(
         (the message names the product), or if the walk in `directory` is another.
     """
     config = model.config
-    _check(model, ids)
+    check_ids(model, ids)
     finished = None if directory is None else Finished(directory, model, ids, methods)
     hidden = np.asarray(model.embedded(jnp.asarray(ids)))
     hidden = hidden if hidden.flags.writeable else hidden.copy()
@@ -70,7 +70,13 @@ def layer_weights(model: Transformer, layer: int) -> dict[str, Any]:
     return weights(model.layers[layer])
 
 
-def _check(model: Transformer, ids: Int[np.ndarray, "N T"]) -> None:
+def through(model: Transformer, layer: int, hidden: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
+    """The hidden states after a layer, of those before it."""
+    return _program(model, layer)(_outputs, hidden)
+
+
+def check_ids(model: Transformer, ids: Int[np.ndarray, "N T"]) -> None:
+    """Raises ValueError for ids outside a model's vocabulary, or sequences beyond its context."""
     config = model.config
     outside = ids[(ids < 0) | (ids >= config.vocab_size)]
     if outside.size:
@@ -121,9 +127,8 @@ def _observe(
 
 def _advance(model: Transformer, layer: int, hidden: Float[np.ndarray, "N T D"]) -> None:
     """Hidden states before a layer become those after it, in place."""
-    run = _program(model, layer)
     for rows in _chunks(hidden):
-        hidden[rows] = run(_outputs, jnp.asarray(hidden[rows]))
+        hidden[rows] = through(model, layer, jnp.asarray(hidden[rows]))
 
 
 def _chunks(hidden: Float[np.ndarray, "N T D"]) -> Iterator[slice]:

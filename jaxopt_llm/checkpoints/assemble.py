@@ -45,22 +45,13 @@ def place(
     """
     shape = source.shape
     if native and source.native and source.form:
-        form, codes = source.form, source.native
-        packed, groups = shape[-1] * form.bits // 8, shape[-1] // form.group
-        scales = Leaf((*shape[:-1], groups), form.scale)
-        data = Leaf((*shape[:-1], packed), jnp.int8 if form.bits == 8 else jnp.uint8)
-        empty = QArray(data, scales, scales if form.bias else None, bits=form.bits, act=native_act())
+        codes, empty = source.native, source.form.shapes(shape)
         return _build(name, spec, empty, lambda a, b: [x for x in codes(a, b) if x is not None], sharding)
     if rounding is not None:
         rounding.check(shape[-1], name)
         read = lambda a, b: jax.tree.leaves(rounding.quantize(source.read(a, b, np.float32)))
         return _build(name, spec, rounding.shapes(shape), read, sharding)
     return _build(name, spec, Leaf(shape, dtype), lambda a, b: [source.read(a, b, dtype)], sharding)
-
-
-def native_act() -> tuple[int, int] | None:
-    """How activations meet a file's blocks: on a CPU rounded, as in llama.cpp, for integer products; else float."""
-    return (8, 32) if jax.default_backend() == "cpu" else None
 
 
 def _build(name: str, spec: ParamSpec, empty: Leaf | QArray, read: Read, sharding: Sharding | None) -> Weight:

@@ -1,14 +1,16 @@
 """Hugging Face directories: config.json and safetensors."""
 
+import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxopt_llm.checkpoints import compressed
 from jaxopt_llm.checkpoints import located as lay
 from jaxopt_llm.checkpoints.files import CheckpointError, Tensor, TensorSource
 from jaxopt_llm.checkpoints.located import Located
@@ -51,6 +53,8 @@ def read_config(directory: Path) -> ModelConfig:
     path = directory / CONFIG
     values = read_json(path)
     try:
+        if compressed.schemes(values):
+            values = {key: value for key, value in values.items() if key != compressed.KEY}
         return parse_config(values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(path, str(error)) from error
@@ -66,12 +70,13 @@ def locate(source: TensorSource, config: ModelConfig, wanted: Mapping[str, Param
     tensors, towers = _text_model(source, kind)
     if config.tied:
         _drop_repeated_head(tensors, kind, source.path)
+    schemes = _schemes(source.path, tensors)
     used: set[str] = set()
     found, names = {}, {}
     for parameter in wanted:
         place = kind.source(parameter)
         names[parameter] = place.name
-        entry = _find(place, tensors, config, used)
+        entry = _find(place, tensors, config, schemes, used)
         if entry is not None:
             found[parameter] = entry
     lay.check(source.path, wanted, found, names, [name for name in tensors if name not in used])
@@ -129,18 +134,34 @@ def text_name(name: str) -> str:
     return name
 
 
+def _schemes(path: Path, tensors: Mapping[str, Tensor]) -> tuple[compressed.Scheme, ...]:
+    """How weights are quantized that are, by the config.json beside them."""
+    if not any(name.endswith(".weight_scale") for name in tensors):
+        return ()
+    return compressed.schemes(read_json((path if path.is_dir() else path.parent) / CONFIG))
+
+
 def _find(
-    place: Source, tensors: Mapping[str, Tensor], config: ModelConfig, used: set[str]
+    place: Source,
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    schemes: Sequence[compressed.Scheme],
+    used: set[str],
 ) -> Located | None:
     if "{e}" in place.name:
         assert config.experts
         if config.experts.count > len(tensors):
             return None
-        names = [place.name.replace("{e}", str(e)) for e in range(config.experts.count)]
-        if any(name not in tensors for name in names) or len({tensors[name].shape for name in names}) > 1:
-            return None
-        used.update(names)
-        return lay.stacked([tensors[name] for name in names])
+        sources = [
+            dataclasses.replace(place, name=place.name.replace("{e}", str(e)))
+            for e in range(config.experts.count)
+        ]
+        experts = [_find(source, tensors, config, schemes, used) for source in sources]
+        whole = [expert for expert in experts if expert is not None]
+        alike = len({(expert.shape, expert.form) for expert in whole}) == 1
+        return lay.stacked(whole) if alike and len(whole) == len(experts) else None
+    if quantized := compressed.locate(place.name, tensors, schemes, used):
+        return quantized
     if place.name in tensors:
         used.add(place.name)
         tensor = tensors[place.name]

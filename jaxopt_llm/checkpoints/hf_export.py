@@ -11,31 +11,42 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_llm.checkpoints import safetensors
+from jaxopt_llm.checkpoints import compressed, compressed_export, safetensors
 from jaxopt_llm.checkpoints.atomic import atomic_directory
 from jaxopt_llm.checkpoints.files import TensorSpec
 from jaxopt_llm.checkpoints.floats import to_floats
 from jaxopt_llm.checkpoints.hf import CONFIG
-from jaxopt_llm.kernels import Weight
+from jaxopt_llm.kernels import QArray, Weight
 from jaxopt_llm.models import ModelConfig, Transformer, weights
 from jaxopt_llm.models.families import family, parse_config, write_config
 from jaxopt_llm.models.family import Source
 from jaxopt_llm.text import Tokenizer
 
 
-def export(model: Transformer, tokenizer: Tokenizer | None, target: str | Path) -> None:
+def export(
+    model: Transformer, tokenizer: Tokenizer | None, target: str | Path, *, codes: bool = False
+) -> None:
     """Writes config.json, safetensors and the tokenizer, whole or not at all.
 
-    Quantized weights are written as the floats they stand for: transformers reads the model like any other.
+    Args:
+      model: of any family.
+      tokenizer: None leaves it out.
+      target: a directory.
+      codes: quantized products of the layers are written as compressed-tensors keeps them, for vLLM and transformers
+        with that package. Embedding and head, without `codes` all weights, are written as the floats they stand for.
 
     Raises:
-      ValueError: if transformers' config cannot say all that the model's does.
+      ValueError: if transformers' config cannot say all that the model's does; with `codes`, if nothing is quantized,
+        or a weight in a form that compressed-tensors does not have.
       OSError: if `target` is something else than a checkpoint, or the disk is full.
     """
     config = write_config(model.config, str(model.dtype))
     _refuse_if_lost(model.config, config)
+    kept = _codes(model) if codes else {}
+    if codes:
+        config[compressed.KEY] = _settings(model, kept)
     with atomic_directory(target, marker=CONFIG) as directory:
-        safetensors.write(directory, _tensors(model), {"format": "pt"})
+        safetensors.write(directory, _tensors(model, kept), {"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(directory)
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -55,15 +66,60 @@ def _rounded(value: Any) -> Any:
     return np.float32(value) if isinstance(value, float) else value
 
 
-def _tensors(model: Transformer) -> list[TensorSpec]:
+_Codes = dict[str, tuple[QArray, compressed.Scheme]]
+
+
+def _codes(model: Transformer) -> _Codes:
+    """The weights that are written as codes, by their names in the file, an expert at a time."""
+    kept = _Codes()
+    for parameter, value in weights(model).items():
+        if not isinstance(value, QArray) or not parameter.startswith("layers."):
+            continue
+        source = family(model.config.family).source(parameter)
+        if source.part or source.transposed:
+            raise ValueError(
+                f"{parameter} shares a tensor with others, which compressed-tensors does not have"
+            )
+        for e, name in enumerate(_names(source, value)):
+            own = value[e] if value.ndim > 2 else value
+            kept[name] = own, compressed_export.scheme_of(name.removesuffix(".weight"), own)
+    if not kept:
+        raise ValueError(
+            "no product of the layers is quantized; quantize the model, or write it without codes"
+        )
+    return kept
+
+
+def _names(source: Source, value: Weight) -> list[str]:
+    """The names of a parameter's tensors: one, or one an expert."""
+    if "{e}" not in source.name:
+        return [source.name]
+    return [source.name.replace("{e}", str(e)) for e in range(value.shape[0])]
+
+
+def _settings(model: Transformer, kept: _Codes) -> dict[str, Any]:
+    """`quantization_config`; products that have no codes are named in it."""
+    floats = ["lm_head"] if model.config.tied else []
+    for parameter, value in weights(model).items():
+        if value.ndim > 1 and parameter.endswith(".weight") and parameter != "embed.weight":
+            names = _names(family(model.config.family).source(parameter), value)
+            floats += [name.removesuffix(".weight") for name in names if name not in kept]
+    return compressed_export.settings([scheme for _, scheme in kept.values()], floats)
+
+
+def _tensors(model: Transformer, kept: _Codes) -> list[TensorSpec]:
     kind = family(model.config.family)
     sources: dict[str, list[tuple[Source, Weight]]] = defaultdict(list)
     for name, value in weights(model).items():
         source = kind.source(name)
         sources[source.name].append((source, value))
     result: list[TensorSpec] = []
+    for name, (own, scheme) in kept.items():
+        result += compressed_export.tensors(name, own, scheme)
     for name, parts in sources.items():
         source, value = parts[0]
+        if _names(source, value)[0] in kept:
+            continue
         if "{e}" in name:
             for e in range(value.shape[0]):
                 make = functools.partial(_expert, value, e, model.dtype)

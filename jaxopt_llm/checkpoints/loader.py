@@ -50,7 +50,7 @@ def load(
         on a CPU. "native" keeps the codes of GGUF's Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 without loss and those of
         Q4_K, Q5_K and Q6_K with scales multiplied out (5 and 6 bits take a byte); on a CPU activations are then
         rounded in groups of 32, as llama.cpp does.
-      quantize: a rounding to nearest (`int8`, `int8_block`, `int4`) that each tensor goes through while it is read.
+      quantize: a rounding to nearest that each tensor goes through while it is read: a format that `jo.quantize` has.
       mesh: `"tensor=4"`, a `MeshSpec` or a `jax.sharding.Mesh` of its axes, to place parameters shard by shard.
         `tensor` and `expert` split the model. `data` leaves it whole on each of its devices, for a program of
         your own that splits the batch; `generate` and `evaluate` do not.

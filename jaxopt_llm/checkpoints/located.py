@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxopt_llm.checkpoints.blocks import NativeBlocks, NativeForm, native_form
+from jaxopt_llm.checkpoints.blocks import NativeBlocks, native_form
 from jaxopt_llm.checkpoints.files import CheckpointError, Tensor
+from jaxopt_llm.kernels import Format
 from jaxopt_llm.models import ParamSpec, mismatches
 
 _MXFP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -28,7 +30,7 @@ class Located:
     shape: tuple[int, ...]
     read: Callable[[int, int, Any], np.ndarray]
     native: Callable[[int, int], NativeBlocks] | None = None
-    form: NativeForm | None = None
+    form: Format | None = None
 
 
 def plain(tensor: Tensor) -> Located:
@@ -38,20 +40,38 @@ def plain(tensor: Tensor) -> Located:
     return Located(tensor.shape, lambda a, b, dtype: tensor.read((slice(a, b),), dtype), native, form)
 
 
-def _form(tensor: Tensor) -> NativeForm | None:
+def _form(tensor: Tensor) -> Format | None:
     try:
-        return native_form(tensor.storage)
+        form = native_form(tensor.storage)
     except ValueError:
         return None
+    return Format(
+        bits=form.bits,
+        group=form.group,
+        scale_dtype=form.scale,
+        offset="minimum" if form.bias else None,
+        act=native_act(),
+    )
 
 
-def stacked(tensors: Sequence[Tensor]) -> Located:
-    """One tensor an expert."""
+def native_act() -> tuple[int, int] | None:
+    """How activations meet GGUF's blocks: on a CPU rounded, as in llama.cpp, for integer products; else float."""
+    return (8, 32) if jax.default_backend() == "cpu" else None
+
+
+def stacked(experts: Sequence[Located]) -> Located:
+    """One weight an expert, all of one shape and form."""
+    count, rows = len(experts), experts[0].shape[0]
 
     def read(first: int, last: int, dtype: Any) -> np.ndarray:
-        return np.stack([tensor.read((), dtype) for tensor in tensors[first:last]])
+        return np.stack([expert.read(0, rows, dtype) for expert in experts[first:last]])
 
-    return Located((len(tensors), *tensors[0].shape), read)
+    def native(first: int, last: int) -> NativeBlocks:
+        blocks = [expert.native(0, rows) for expert in experts[first:last] if expert.native]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
+
+    form = experts[0].form
+    return Located((count, *experts[0].shape), read, native if form else None, form)
 
 
 def shifted(located: Located, offset: float) -> Located:

@@ -26,7 +26,9 @@ STUDENT = flags.DEFINE_string(
 TRAIN = flags.DEFINE_multi_string("train", [], "UTF-8 file to train on; several where it is given again")
 RESUME = flags.DEFINE_boolean("resume", False, "Continue the run that was interrupted.")
 TEACHER_QUANTIZE = flags.DEFINE_string(
-    "teacher_quantize", None, "Round the teacher's weights while they are read: int8, int8_block or int4."
+    "teacher_quantize",
+    None,
+    "Round the teacher's weights while they are read: a format as --quantize of other commands takes.",
 )
 STUDENT_QUANTIZE = flags.DEFINE_string(
     "student_quantize",

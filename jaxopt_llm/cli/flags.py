@@ -52,7 +52,10 @@ DTYPE = flags.DEFINE_string(
     flag_values=SHARED,
 )
 QUANTIZE = flags.DEFINE_string(
-    "quantize", None, "Round the weights while they are read: int8, int8_block or int4.", flag_values=SHARED
+    "quantize",
+    None,
+    "Round the weights while they are read: int8, int8_block, int4, w8a8, fp8, or such as int4_g64_zero.",
+    flag_values=SHARED,
 )
 MESH = flags.DEFINE_string(
     "mesh", None, "Devices to spread the model over, such as tensor=4.", flag_values=SHARED

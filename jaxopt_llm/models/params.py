@@ -161,3 +161,8 @@ def num_params(model: Transformer) -> int:
 def num_bytes(model: Transformer) -> int:
     """Bytes that the parameters occupy, scales included."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def bits_per_parameter(model: Transformer) -> float:
+    """Bits that a number of the model takes: everything stored, scales, embedding and head included."""
+    return 8 * num_bytes(model) / num_params(model)

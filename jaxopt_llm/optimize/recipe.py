@@ -4,9 +4,8 @@ import dataclasses
 from typing import Protocol, runtime_checkable
 
 from jaxopt_llm.evaluate import check_lengths, check_sizes
-from jaxopt_llm.kernels import quantization_format
 from jaxopt_llm.models import Transformer
-from jaxopt_llm.quantize import quantize
+from jaxopt_llm.quantize import check_rules, quantize
 
 
 @runtime_checkable
@@ -18,15 +17,21 @@ class Step(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize:
-    """Rounds every matrix to nearest: see `jaxopt_llm.quantize`."""
+    """Rounds matrices to nearest: see `jaxopt_llm.quantize`.
 
-    format: str = "int8"
+    Attributes:
+      format: of every matrix that no rule names; None leaves those floats.
+      rules: pairs of a regular expression and a format; the first that is found in a matrix's name decides.
+    """
+
+    format: str | None = "int8"
+    rules: tuple[tuple[str, str | None], ...] = ()
 
     def __post_init__(self):
-        quantization_format(self.format)
+        check_rules([*self.rules, (".*", self.format)])
 
     def __call__(self, model: Transformer) -> Transformer:
-        return quantize(model, self.format)
+        return quantize(model, self.format, rules=self.rules)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
