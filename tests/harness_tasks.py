@@ -53,6 +53,11 @@ doc_to_target: "{{written}}"
 generation_kwargs:
   until: [".", "\\n"]
   max_gen_toks: 24
+filter_list:
+  - name: bare
+    filter:
+      - function: remove_whitespace
+      - function: take_first
 metric_list:
   - metric: exact_match
 """,

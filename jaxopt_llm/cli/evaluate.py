@@ -12,13 +12,12 @@ from absl import flags
 from jaxopt_llm import evaluate
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.evaluate_tasks import OPTIONS, TASKS, prepare_tasks, tell_tasks
-from jaxopt_llm.cli.flags import BOS, DTYPE, JSON, LOADING, MESH, MODEL, TEXT, WINDOW, WINDOWS
+from jaxopt_llm.cli.flags import BOS, DTYPE, JSON, LOADING, MESH, MODEL, REFERENCE, TEXT, WINDOW, WINDOWS
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import read_text, stages
 from jaxopt_llm.models import Transformer
 from jaxopt_llm.text import Tokenizer
 
-REFERENCE = flags.DEFINE_string("reference", None, "Model to compare with, of the same vocabulary.")
 STRIDE = flags.DEFINE_integer("stride", None, "Tokens from a window to the next. Unset: no overlap.")
 
 

@@ -83,6 +83,9 @@ SET = flags.DEFINE_multi_string(
     "set", [], "Override of one field of the config, a.b=value", flag_values=SHARED
 )
 TEXT = flags.DEFINE_string("text", None, "UTF-8 file to measure on.", flag_values=SHARED)
+REFERENCE = flags.DEFINE_string(
+    "reference", None, "Model to compare with, of the same vocabulary.", flag_values=SHARED
+)
 WINDOW = flags.DEFINE_integer("window", 1024, "Tokens read at once.", flag_values=SHARED)
 WINDOWS = flags.DEFINE_integer("windows", None, "Read only the first so many windows.", flag_values=SHARED)
 BOS = flags.DEFINE_boolean(

@@ -101,6 +101,7 @@ def _flags(command: ModuleType) -> flags.FlagValues:
     Parsing these instead of absl's global flags refuses those that other modules define, absl's own included.
     """
     values = flags.FlagValues()
+    values.set_gnu_getopt()  # flags may follow arguments
     named = {holder.name: holder for holder in _holders(vars(command).values())}  # one may be in a group too
     for holder in named.values():
         is_shared = any(holder is known for known in vars(shared).values())

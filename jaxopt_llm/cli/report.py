@@ -13,15 +13,14 @@ from absl import flags
 from jaxopt_llm import checkpoints, evaluate
 from jaxopt_llm.checkpoints.atomic import atomic_file
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import BOS, DTYPE, JSON, MESH, OUT, TEXT, WINDOW, WINDOWS
+from jaxopt_llm.cli.flags import BOS, DTYPE, JSON, MESH, OUT, REFERENCE, TEXT, WINDOW, WINDOWS
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import read_text, stages
 from jaxopt_llm.cli.writing import out_path
 from jaxopt_llm.optimize import sample_text
-from jaxopt_llm.report import Row, Subject, columns, measure, page, require_plots
+from jaxopt_llm.report import HISTOGRAM_EDGES, Row, Subject, columns, measure, page, require_plots
 
 ARGUMENTS = "MODEL [MODEL ...]"
-REFERENCE = flags.DEFINE_string("reference", None, "Model to compare with. Unset: the first.")
 SPEED = flags.DEFINE_boolean("speed", True, "Time decoding.")
 
 
@@ -40,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     with atomic_file(out) as file:
         file.write(html.encode())
     if JSON.value:
-        show.json_line({"models": rows, "out": out})
+        show.json_line({"models": rows, "kld_histogram_edges": HISTOGRAM_EDGES, "out": out})
     else:
         shown = columns(rows)
         cells = [[f"{column.text(row)} {column.below(row)}".strip() for column in shown] for row in rows]
@@ -50,13 +49,13 @@ def main(argv: Sequence[str]) -> None:
 
 def _rows(sources: Sequence[str], text: str) -> Iterator[Row]:
     """Figures of each model; no more than one is in memory beside the reference."""
-    reference = _load(REFERENCE.value or sources[0])
-    for place, source in enumerate(sources):
-        is_reference = place == 0 and REFERENCE.value is None
-        subject = reference if is_reference else _load(source)
+    names = _names(sources)
+    reference = _load(REFERENCE.value, REFERENCE.value) if REFERENCE.value else _load(sources[0], names[0])
+    for place, (source, name) in enumerate(zip(sources, names, strict=True)):
+        is_reference = place == 0 and not REFERENCE.value
         with stages("steps") as report:
             yield measure(
-                subject,
+                reference if is_reference else _load(source, name),
                 text,
                 reference=None if is_reference else reference,
                 window=WINDOW.value,
@@ -67,17 +66,18 @@ def _rows(sources: Sequence[str], text: str) -> Iterator[Row]:
             )
 
 
-def _load(source: str) -> Subject:
+def _names(sources: Sequence[str]) -> list[str]:
+    """The last parts of the paths, or the whole ones where those are not enough."""
+    short = [Path(source).name for source in sources]
+    return short if len(set(short)) == len(short) and all(short) else list(sources)
+
+
+def _load(source: str, name: str) -> Subject:
     model, tokenizer = load(source, dtype=DTYPE.value, mesh=MESH.value)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer, and text cannot be scored without one")
     path = checkpoints.resolve(source)
-    return Subject(
-        name=Path(source).name or source,
-        model=model,
-        tokenizer=tokenizer,
-        path=path if isinstance(path, Path) else None,
-    )
+    return Subject(name=name, model=model, tokenizer=tokenizer, path=path if isinstance(path, Path) else None)
 
 
 def _subtitle(sources: Sequence[str]) -> str:

@@ -81,7 +81,11 @@ class EngineLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop string, which is not part of them, or the end of the sequence."""
+        """Continuations up to a stop string, which is not part of them, or the end of the sequence.
+
+        They are as they follow the context. The harness's Hugging Face models decode them alone, which with
+        SentencePiece loses a space at the beginning.
+        """
         asked = [request.args for request in requests]
         params = [_sampling(settings) for _, settings in asked]
         prompts = [self._prompt(text, p.max_tokens) for (text, _), p in zip(asked, params, strict=True)]

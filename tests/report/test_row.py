@@ -1,6 +1,7 @@
 """Figures of a model beside a reference: what `evaluate` gives, and what cannot be compared."""
 
 import dataclasses
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +61,13 @@ def test_beside_a_reference(original, small, text):
     assert len(row.layer_errors) == original.model.config.num_layers
     assert all(0 < error < 0.1 for error in row.layer_errors)
     assert seen == [("scoring int8", done, 3) for done in (1, 2, 3)]
+
+
+def test_decoding_is_timed(original, text, monkeypatch):
+    rate = evaluate.Spread(median=2.0, low=1.0, high=9.0)
+    timed = lambda model, progress: types.SimpleNamespace(decode_tokens_per_s=rate)
+    monkeypatch.setattr(evaluate, "speed", timed)
+    assert measure(original, text, **SIZES | {"speed": True}).decode_tokens_per_s == 2.0
 
 
 def test_a_histogram_counts_all():
