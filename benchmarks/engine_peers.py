@@ -19,6 +19,7 @@ from typing import Any
 
 from absl import app, flags
 
+from benchmarks import peer
 from benchmarks.peer import PEER
 from benchmarks.record import data_folder, record
 
@@ -61,6 +62,14 @@ def theirs(python: str, script: str, model: str, *options: str) -> dict[str, flo
     return {key: found[key] for key in keys if key in found}
 
 
+def versions() -> dict[str, str]:
+    """Of the peers."""
+    found = {"llama-cpp-python": peer.version()}
+    if python := _OPENVINO.value:
+        found["openvino-genai"] = peer.version("openvino-genai", python=python)
+    return found
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
     runs: dict[str, list[dict[str, float]]] = {}
@@ -86,7 +95,8 @@ def main(argv: Sequence[str]) -> None:
         for other in medians.keys() - OURS.keys()
         for key, value in medians[other].items()
     }
-    record(Path(__file__).stem, {"medians": medians, "ratios": ratios, "runs": runs, "loads_before": loads})
+    found = {"peers": versions(), "medians": medians, "ratios": ratios, "runs": runs, "loads_before": loads}
+    record(Path(__file__).stem, found)
 
 
 if __name__ == "__main__":

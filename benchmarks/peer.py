@@ -17,13 +17,15 @@ def ask(script: str, *arguments: object, stdin: str) -> str:
     return _run(str(Path(__file__).with_name(script)), *map(str, arguments), stdin=stdin)
 
 
-def version() -> str:
-    """Of llama-cpp-python, and so of llama.cpp."""
-    return _run("-c", "import llama_cpp; print(llama_cpp.__version__)").strip()
+def version(package: str = "llama-cpp-python", *, python: str | None = None) -> str:
+    """Of a package there, or of another interpreter's; llama-cpp-python's stands for llama.cpp's."""
+    script = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+    return _run("-c", script, package, python=python).strip()
 
 
-def _run(*arguments: str, stdin: str = "") -> str:
-    done = subprocess.run([PEER.value, *arguments], input=stdin, capture_output=True, text=True, check=False)
+def _run(*arguments: str, stdin: str = "", python: str | None = None) -> str:
+    command = [python or PEER.value, *arguments]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the peer failed: {done.stderr[-2000:]}")
     return done.stdout

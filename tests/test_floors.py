@@ -14,7 +14,7 @@ FLOORS = (
     {"checkpoints"},
     {"engine"},
     {"evaluate", "calibrate"},
-    {"quantize", "prune", "distill"},
+    {"quantize", "prune", "distill", "report"},
     {"optimize", "size", "bench", "route"},
     {"serve", "refine"},
     {"configs"},  # scenarios are made of what lies below; the commands read them

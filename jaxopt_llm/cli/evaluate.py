@@ -1,6 +1,7 @@
-"""Perplexity of a model on a text and, with --reference, how far its predictions lie from another model's.
+"""Perplexity of a model on a text, how far its predictions lie from another model's, and what it reaches on tasks.
 
-The text is read in windows, without a BOS. Intervals, of 95 % confidence, come from how much the windows differ.
+A --text is read in windows, without a BOS. Intervals, of 95 % confidence, come from how much the windows differ.
+--tasks are those of lm-evaluation-harness, or one's own in --include_path; they need the extra `eval`.
 """
 
 import functools
@@ -10,35 +11,41 @@ from absl import flags
 
 from jaxopt_llm import evaluate
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import DTYPE, JSON, LOADING, MESH, MODEL, TEXT
+from jaxopt_llm.cli.evaluate_tasks import OPTIONS, TASKS, prepare_tasks, tell_tasks
+from jaxopt_llm.cli.flags import BOS, DTYPE, JSON, LOADING, MESH, MODEL, REFERENCE, TEXT, WINDOW, WINDOWS
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import read_text, stages
 from jaxopt_llm.models import Transformer
 from jaxopt_llm.text import Tokenizer
 
-REFERENCE = flags.DEFINE_string("reference", None, "Model to compare with, of the same vocabulary.")
-WINDOW = flags.DEFINE_integer("window", 1024, "Tokens read at once.")
 STRIDE = flags.DEFINE_integer("stride", None, "Tokens from a window to the next. Unset: no overlap.")
-WINDOWS = flags.DEFINE_integer("windows", None, "Read only the first so many windows.")
-BOS = flags.DEFINE_boolean(
-    "bos", False, "Put a BOS in place of each window's first token. Gemma predicts badly without."
-)
 
 
 def main(argv: Sequence[str]) -> None:
-    if TEXT.value is None:
-        raise ValueError("eval needs --text, a UTF-8 file to score")
+    if TEXT.value is None and not TASKS.value:
+        raise ValueError("eval needs --text, a UTF-8 file to score, or --tasks")
+    if REFERENCE.value and TEXT.value is None:
+        raise ValueError("--reference is compared with on a text; give --text too")
     evaluate.check_sizes(window=WINDOW.value, stride=STRIDE.value, windows=WINDOWS.value)
-    text = read_text(TEXT.value)
+    run_tasks = prepare_tasks(TASKS.value, OPTIONS.value)
+    text = None if TEXT.value is None else read_text(TEXT.value)
     model, tokenizer = load(MODEL.value, **LOADING.value)
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} has no tokenizer, and text cannot be scored without one")
-    reference = _load_reference(REFERENCE.value, tokenizer, text) if REFERENCE.value else None
-    figures = measure(model, reference, tokenizer, text)
+    figures = {} if text is None else _score(model, tokenizer, text)
+    results = run_tasks(model, tokenizer)
     if JSON.value:
-        show.json_line(figures)
-    else:
+        show.json_line(figures | ({"tasks": results} if results else {}))
+        return
+    if figures:
         show.fields(figures)
+    if results:
+        tell_tasks(results)
+
+
+def _score(model: Transformer, tokenizer: Tokenizer, text: str) -> dict[str, object]:
+    reference = _load_reference(REFERENCE.value, tokenizer, text) if REFERENCE.value else None
+    return measure(model, reference, tokenizer, text)
 
 
 def _load_reference(source: str, tokenizer: Tokenizer, text: str) -> Transformer:

@@ -86,6 +86,17 @@ SET = flags.DEFINE_multi_string(
     "set", [], "Override of one field of the config, a.b=value", flag_values=SHARED
 )
 TEXT = flags.DEFINE_string("text", None, "UTF-8 file to measure on.", flag_values=SHARED)
+REFERENCE = flags.DEFINE_string(
+    "reference", None, "Model to compare with, of the same vocabulary.", flag_values=SHARED
+)
+WINDOW = flags.DEFINE_integer("window", 1024, "Tokens read at once.", flag_values=SHARED)
+WINDOWS = flags.DEFINE_integer("windows", None, "Read only the first so many windows.", flag_values=SHARED)
+BOS = flags.DEFINE_boolean(
+    "bos",
+    False,
+    "Put a BOS in place of each window's first token. Gemma predicts badly without.",
+    flag_values=SHARED,
+)
 OUT = flags.DEFINE_string("out", None, "Where to write the result.", required=True, flag_values=SHARED)
 JSON = flags.DEFINE_boolean(
     "json", False, "Print one JSON object as the last line of stdout.", flag_values=SHARED

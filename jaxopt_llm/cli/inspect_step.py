@@ -71,25 +71,17 @@ def _device(chip: Chip) -> jax.Device:
     """To compile for: the chip itself where it is there, else its topology.
 
     Raises:
-      ValueError: if it has neither.
+      ValueError: if it has neither, or its compiler is not installed.
     """
     device = jax.devices()[0]
     if chip_of(device) == chip:
         return device
-    if not any(kind.startswith("TPU") for kind in chip.kinds):
-        raise ValueError(
-            f"--chip={chip.name}: a GPU's step compiles only where one is; run this on a machine with "
-            f"{chip.kinds[0]}, or take a TPU ({', '.join(_tpus())}) or --chip={HERE}"
-        )
-    layout = "2x2x1" if chip.links == 6 else "2x2"
     try:
-        return topologies.tpu(chip.name, layout)[0]
-    except ModuleNotFoundError as error:
+        if not any(kind.startswith("TPU") for kind in chip.kinds):
+            return topologies.gpu(chip.name)[0]
+        return topologies.tpu(chip.name, "2x2x1" if chip.links == 6 else "2x2")[0]
+    except (ModuleNotFoundError, ValueError) as error:
         raise ValueError(f"--chip={chip.name}: {error}") from None
-
-
-def _tpus() -> list[str]:
-    return [name for name, chip in CHIPS.items() if chip.kinds[0].startswith("TPU")]
 
 
 def _model(

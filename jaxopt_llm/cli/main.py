@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": ("jaxopt_llm.cli.evaluate", "perplexity of a model, and its distance to another"),
     "optimize": ("jaxopt_llm.cli.optimize", "make a model smaller and faster, and tell what that cost"),
     "distill": ("jaxopt_llm.cli.distill", "train a small model to predict what a large one predicts"),
+    "report": ("jaxopt_llm.cli.report", "compare models: a table, and a page with plots"),
     "convert": ("jaxopt_llm.cli.convert", "write a model in another format: orbax, hf, gguf"),
     "bench engine": ("jaxopt_llm.cli.bench_engine", "time the engine on a model"),
     "inspect": ("jaxopt_llm.cli.inspect", "family, shapes and bytes of a model, without loading it"),
@@ -79,8 +80,10 @@ def _run(name: str, rest: list[str]) -> None:
     if any(argument in HELP for argument in itertools.takewhile("--".__ne__, rest)):
         print(_help(name, command))
     else:
-        _parse(name, _flags(command), rest)
-        command.main([f"jaxopt-llm {name}"])
+        positional = _parse(name, _flags(command), rest)
+        if positional and not _arguments(command):
+            raise ValueError(f"{name} takes flags only, not {positional[0]!r}; see jaxopt-llm {name} --help")
+        command.main([f"jaxopt-llm {name}", *positional])
 
 
 def _command(name: str) -> ModuleType:
@@ -98,6 +101,7 @@ def _flags(command: ModuleType) -> flags.FlagValues:
     Parsing these instead of absl's global flags refuses those that other modules define, absl's own included.
     """
     values = flags.FlagValues()
+    values.set_gnu_getopt()  # flags may follow arguments
     named = {holder.name: holder for holder in _holders(vars(command).values())}  # one may be in a group too
     for holder in named.values():
         is_shared = any(holder is known for known in vars(shared).values())
@@ -115,7 +119,13 @@ def _holders(members: Iterable[object]) -> Iterator[flags.FlagHolder[Any]]:
             yield from member
 
 
-def _parse(name: str, values: flags.FlagValues, arguments: list[str]) -> None:
+def _arguments(command: ModuleType) -> str:
+    """What a command calls the arguments that it takes beside its flags; empty where it takes none."""
+    return getattr(command, "ARGUMENTS", "")
+
+
+def _parse(name: str, values: flags.FlagValues, arguments: list[str]) -> list[str]:
+    """Sets the flags; what is no flag is left."""
     try:
         positional = values([name, *arguments])[1:]
     except flags.UnrecognizedFlagError as error:
@@ -126,10 +136,9 @@ def _parse(name: str, values: flags.FlagValues, arguments: list[str]) -> None:
         if missing and values.is_parsed():  # so it was not a value that did not parse
             raise ValueError(f"{name} needs {' and '.join(missing)}") from None
         raise ValueError(str(error)) from None
-    if positional:
-        raise ValueError(f"{name} takes flags only, not {positional[0]!r}; see jaxopt-llm {name} --help")
     shared.SHARED.mark_as_parsed()
     flags.FLAGS.mark_as_parsed()
+    return positional
 
 
 def _required(values: flags.FlagValues, name: str) -> bool:
@@ -159,7 +168,8 @@ def _help(name: str, command: ModuleType) -> str:
     values = _flags(command)
     required_first = sorted(values, key=lambda flag: not _required(values, flag))
     described = "\n".join(_describe(values, flag) for flag in required_first)
-    return f"usage: jaxopt-llm {name} [--flags]\n\n{inspect.getdoc(command)}\n\nflags:\n{described}"
+    usage = " ".join(filter(None, ["jaxopt-llm", name, _arguments(command), "[--flags]"]))
+    return f"usage: {usage}\n\n{inspect.getdoc(command)}\n\nflags:\n{described}"
 
 
 def _describe(values: flags.FlagValues, name: str) -> str:

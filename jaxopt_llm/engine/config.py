@@ -1,13 +1,17 @@
 """How large an engine is."""
 
 import dataclasses
+from numbers import Integral
 from typing import Self
 
 import jax.numpy as jnp
 
+from jaxopt_llm.engine.sampling import is_a
 from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.models import ModelConfig
 
+_SIZES = ("max_slots", "page_size", "max_tokens_per_step", "decode_steps", "draft_tokens")
+_SIZES_OR_NONE = ("max_seq_len", "cache_tokens")
 _CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 _MOST_SLOTS, _SHORTEST = 16, 64  # of a `fitting` engine
 
@@ -42,13 +46,15 @@ class EngineConfig:
     cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_slots", "page_size", "max_tokens_per_step", "decode_steps", "draft_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_seq_len", "cache_tokens"):
+        for name in (*_SIZES, *_SIZES_OR_NONE):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            if value is None and name in _SIZES_OR_NONE:
+                continue
+            if not is_a(Integral, value) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        for name in ("prefix_cache", "prompt_lookup"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.cache_dtype not in (None, *_CACHE_DTYPES):
             raise ValueError(f"cache_dtype={self.cache_dtype!r} must be one of {', '.join(_CACHE_DTYPES)}")
 

@@ -67,9 +67,8 @@ class LookedUp:
         for token in prompt:
             self._see(token)
 
-    def take(self, tokens: Sequence[int], asked: Asked | None) -> None:
-        """Takes in what came, and how drafts did in it; None where there could be none."""
-        del asked
+    def take(self, tokens: Sequence[int], _: Asked | None) -> None:
+        """Takes in what came; how drafts did in it follows."""
         for token in tokens:
             right = [play.next(self._tokens, token) for play in self._plays.values()]
             draft = self._see(token)
@@ -127,7 +126,7 @@ class Modelled:
         self._missed = 0  # tokens that the draft model has not seen
 
     def take(self, tokens: Sequence[int], asked: Asked | None) -> None:
-        """As `LookedUp.take`."""
+        """Takes in what came, and how drafts did in it; None where there could be none."""
         if asked is None:
             return  # of a program that feeds the draft model what it feeds the model
         self._missed += 0 if asked.drafts else len(tokens)

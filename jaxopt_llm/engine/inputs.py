@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, UInt32
 
 from jaxopt_llm.engine.config import power_of_two
 from jaxopt_llm.engine.generation import Generation
@@ -11,7 +12,6 @@ from jaxopt_llm.engine.plan import Piece, Plan
 from jaxopt_llm.engine.program import Extras, Inputs
 from jaxopt_llm.engine.sampling import MOST_BIASES, RowSampling, SamplingParams
 from jaxopt_llm.engine.scheduler import SchedulerConfig
-from jaxopt_llm.engine.step import pack_mask
 
 _SMALLEST = 32  # tokens of a step with prompts in it
 _IDLE = SamplingParams()
@@ -196,7 +196,7 @@ def _extras(
         shifts = generation.params.logit_bias or {}
         bias_ids[row, : len(shifts)], bias[row, : len(shifts)] = list(shifts), list(shifts.values())
         if piece.samples and (allowed := generation.may_come(vocab_size)) is not None:
-            mask[row] = pack_mask(allowed)
+            mask[row] = _packed(allowed)
         if generation.wanted.scores:
             after = piece.request.prompt[piece.start + 1 : piece.start + 1 + piece.length]
             targets[starts[row] : starts[row] + len(after)] = after
@@ -209,3 +209,9 @@ def _extras(
         targets=targets,
         logprobs=np.bool_(any(generation.params.logprobs is not None for generation in generations)),
     )
+
+
+def _packed(allowed: Bool[np.ndarray, "V"]) -> UInt32[np.ndarray, "words"]:
+    """A bit for each token, as `Extras.mask` has them."""
+    padded = np.pad(allowed, (0, -len(allowed) % 32))
+    return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)

@@ -10,7 +10,7 @@ from jaxopt_llm.engine import prompt as prompts
 from jaxopt_llm.engine.generation import Allowed, Generation, Wanted
 from jaxopt_llm.engine.plan import Request
 from jaxopt_llm.engine.prompt import Prompt
-from jaxopt_llm.engine.sampling import SamplingParams
+from jaxopt_llm.engine.sampling import MOST_SEED, SamplingParams
 from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.models import ModelConfig
 from jaxopt_llm.text import Tokenizer
@@ -55,7 +55,9 @@ class Intake:
         """
         settings = params or SamplingParams()
         _check_bias(settings, self._model.vocab_size)
-        room = self._model.max_seq_len - len(ids)
+        room, seed = self._model.max_seq_len - len(ids), settings.seed
+        if seed is None:
+            seed = int(self._seeds.integers(MOST_SEED, endpoint=True))
         request = Request(
             id=next(self._numbers),
             prompt=ids,
@@ -68,7 +70,7 @@ class Intake:
         return Generation(
             request,
             settings,
-            seed=int(self._seeds.integers(2**32)) if settings.seed is None else settings.seed,
+            seed=seed,
             stop_ids=frozenset() if settings.ignore_eos else self.stop_ids,
             tokenizer=self._tokenizer,
             start=time.perf_counter(),

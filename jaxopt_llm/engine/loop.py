@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 
 from jaxopt_llm.engine import inputs
+from jaxopt_llm.engine.clock import Clock
 from jaxopt_llm.engine.drafting import Asked, Drafting, Record
 from jaxopt_llm.engine.generation import Generation
 from jaxopt_llm.engine.inputs import Shape, Widths
@@ -56,7 +57,7 @@ class Loop:
         self._drafting = drafting
         self._records: dict[int, Record] = {}  # of the requests under way, where drafts are tried
         self._drafted = self._accepted = 0
-        self._read_last = 0.0
+        self._clock = Clock()
         self._failure: BaseException | None = None
 
     @property
@@ -68,7 +69,11 @@ class Loop:
         """Over all data shards."""
         total = _sum([scheduler.metrics for scheduler in self._schedulers])
         return dataclasses.replace(
-            total, programs=len(self._shapes), drafted=self._drafted, accepted=self._accepted
+            total,
+            programs=len(self._shapes),
+            drafted=self._drafted,
+            accepted=self._accepted,
+            worked_s=self._clock.worked,
         )
 
     def check(self, request: Request) -> None:
@@ -80,12 +85,12 @@ class Loop:
         self._schedulers[0].check(request)
 
     def add(self, generation: Generation) -> None:
-        """Takes a request in, where the fewest are.
+        """Takes a request in, on the data shard that suits it best.
 
         Raises:
           ValueError: as `check`.
         """
-        shard = min(range(len(self._running)), key=lambda i: len(self._running[i]))
+        shard = min(range(len(self._running)), key=lambda i: self._rank(i, generation.request))
         self._schedulers[shard].add(generation.request)
         self._running[shard][generation.request.id] = generation
         if self._drafting:
@@ -134,12 +139,22 @@ class Loop:
         batch = inputs.idle(shape, self._widths, self._schedulers[0].page_table)
         self._run([batch] * len(self._schedulers), shape)
 
+    def _rank(self, shard: int, request: Request) -> tuple[bool, int, int]:
+        """The lowest goes first: the most of its prompt found computed, then the fewest requests; none that is full."""
+        load = len(self._running[shard])
+        full = load >= self.sizes.max_slots
+        return full, 0 if full else -self._schedulers[shard].known(request), load
+
     def _read(self) -> None:
         """Waits for the oldest dispatch in flight. An interrupt that comes meanwhile loses nothing."""
+        sampled, waited = self._in_flight[0].out.sampled, False
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # told again below
-            jax.block_until_ready(self._in_flight[0].out.sampled)
+            waited = not sampled.tokens.is_ready()
+            jax.block_until_ready(sampled)
         with self._guarded():
-            self._collect(self._in_flight.popleft())
+            dispatch = self._in_flight.popleft()
+            seconds = self._clock.over(dispatch.sent, time.perf_counter(), waited=waited)
+            self._collect(dispatch, seconds)
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -186,24 +201,24 @@ class Loop:
         self._shapes.add(shape)
         return self._runner.run(batches, steps=shape.steps, full=shape.full)
 
-    def _learn(self, dispatch: _Dispatch, outs: Sequence[Out], now: float) -> None:
-        """How long a dispatch took since it was sent or the one before it was over, and how many drafts were right."""
-        seconds, self._read_last = now - max(dispatch.sent, self._read_last), now
+    def _learn(self, dispatch: _Dispatch, outs: Sequence[Out], seconds: float | None) -> None:
+        """How long the device took for a dispatch, where that is known, and how many drafts were right."""
         rounds = [out.rounds.tolist() for out in outs if out.rounds is not None]
         if self._drafting is None or dispatch.shape.full or not rounds:
             return
-        self._drafting.learn(dispatch.shape.rows, dispatch.drafts, max(rounds, key=sum), seconds)
+        if seconds is not None:
+            self._drafting.learn(dispatch.shape.rows, dispatch.drafts, max(rounds, key=sum), seconds)
         for out in outs:
             if out.tally:
                 self._drafted += int(out.tally.drafted.sum())
                 self._accepted += int(out.tally.accepted.sum())
 
-    def _collect(self, dispatch: _Dispatch) -> None:
-        """Gives each request what a dispatch gave it."""
+    def _collect(self, dispatch: _Dispatch, seconds: float | None) -> None:
+        """Gives each request what a dispatch gave it, in so many seconds."""
         measures = any(generation.measures for generation in itertools.chain(*dispatch.generations))
         outs = self._runner.read(dispatch.out, whole=measures)
         now = time.perf_counter()
-        self._learn(dispatch, outs, now)
+        self._learn(dispatch, outs, seconds)
         for scheduler, plan, generations, out in zip(
             self._schedulers, dispatch.plans, dispatch.generations, outs, strict=True
         ):

@@ -14,27 +14,22 @@ from jaxtyping import Int32
 _DIGEST_BYTES = 16  # 2**64 pages would have to be seen before two are likely to collide
 
 
-def extend_chain(chain: list[bytes], tokens: Sequence[int], *, page_size: int, key: str) -> None:
+def extend_chain(chain: list[bytes], tokens: Sequence[int], *, page_size: int) -> None:
     """Appends a digest for each full page of `tokens` that has none yet.
 
     Keys and values depend on everything before them, so a digest covers its page's tokens and, through its
-    parent's digest, all pages before; the first one's parent is `key`. Equal digests mean equal contents.
+    parent's digest, all pages before. Equal digests mean equal contents.
 
     Args:
       chain: digests of the first pages; appended to.
       tokens: the whole sequence.
       page_size: tokens a page.
-      key: what else the contents depend on, such as an adapter's name.
     """
     fresh = np.asarray(tokens[len(chain) * page_size : len(tokens) // page_size * page_size], np.int32)
-    parent = chain[-1] if chain else _digest(key.encode(), person=b"key")
+    parent = chain[-1] if chain else b""
     for page in fresh.reshape(-1, page_size):
-        parent = _digest(parent + page.tobytes(), person=b"page")
+        parent = hashlib.blake2b(parent + page.tobytes(), digest_size=_DIGEST_BYTES).digest()
         chain.append(parent)
-
-
-def _digest(data: bytes, *, person: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES, person=person).digest()
 
 
 class PagePool:
@@ -208,7 +203,7 @@ class PageTables:
         shared = self._shared(chain, tokens)
         if shared is None:
             return None
-        end = self._match(chain)
+        end = self.match(chain)
         for kind, (pool, pages) in enumerate(zip(self.pools, shared, strict=True)):
             first = self._first_seen(kind, end * self.page_size)
             pool.share(pages)
@@ -219,7 +214,7 @@ class PageTables:
 
     def _shared(self, chain: Sequence[bytes], tokens: int) -> list[list[int]] | None:
         """Pages of each kind that a new sequence can share; None where there is no room for the others it takes."""
-        end = self._match(chain)
+        end = self.match(chain)
         firsts = [self._first_seen(kind, end * self.page_size) for kind in range(len(self.pools))]
         shared = [pool.find(chain[first:end]) for pool, first in zip(self.pools, firsts, strict=True)]
         for pool, pages, peak in zip(self.pools, shared, self.peak(tokens), strict=True):
@@ -277,7 +272,7 @@ class PageTables:
         window = self._windows[kind]
         return 0 if window is None else max(0, position - window + 1) // self.page_size
 
-    def _match(self, chain: Sequence[bytes]) -> int:
+    def match(self, chain: Sequence[bytes]) -> int:
         """How many leading pages can be shared: of each kind, those that the query after them sees must be found."""
         best = 0
         since = [0] * len(self.pools)  # where the unbroken run of pages found so far starts, of each kind

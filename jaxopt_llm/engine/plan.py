@@ -20,15 +20,13 @@ class Status(enum.Enum):
 
 @dataclasses.dataclass(eq=False, kw_only=True, slots=True)
 class Request:
-    """One sequence on its way through the scheduler. The first seven fields are the caller's, the rest only to read.
+    """One sequence on its way through the scheduler. The first six fields are the caller's, the rest only to read.
 
     Attributes:
       id: the caller's name for it.
       prompt: token ids, one at least.
       max_tokens: most tokens to generate; 0 for a forward over the prompt alone.
       priority: requests of a lower number go first.
-      cache_key: what its keys and values depend on beside its tokens, such as an adapter's name; only requests with
-        the same one share pages.
       reuse: look for its prefix in the pages of others. Off where something is wanted of every position.
       stepwise: planned one step at a time, only once its last token is known: the host makes something of that for
         the next (a grammar's mask).
@@ -52,7 +50,6 @@ class Request:
     prompt: Sequence[int]
     max_tokens: int
     priority: int = 0
-    cache_key: str = ""
     reuse: bool = True
     stepwise: bool = False
 
@@ -154,6 +151,8 @@ class Metrics:
     Attributes:
       programs: compiled, as an engine does.
       drafted, accepted: tokens that speculation verified, and those of them that were right.
+      worked_s: seconds that the device was seen at work. What ended while the host was elsewhere does not count, so
+        it may have stood idle for less than the rest.
     """
 
     waiting: int
@@ -166,3 +165,4 @@ class Metrics:
     programs: int = 0
     drafted: int = 0
     accepted: int = 0
+    worked_s: float = 0.0

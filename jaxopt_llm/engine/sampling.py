@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 TOP = 20  # best tokens whose log-probabilities are reported
 MOST_BIASES = 300  # tokens whose scores a request may shift
+MOST_SEED = 2**32 - 1  # the noise has a key of 32 bits
 _MASKED = -jnp.inf
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 _TOP_K = 2**31 - 1  # as an int32; more than any vocabulary has
@@ -27,7 +28,7 @@ _RULES: dict[str, tuple[type, float, float, str]] = {
     "repetition_penalty": (Real, _SMALLEST, _LARGEST, "a finite float32 above 0; 1 changes nothing"),
     "presence_penalty": (Real, -_LARGEST, _LARGEST, "a finite float32; 0 changes nothing"),
     "frequency_penalty": (Real, -_LARGEST, _LARGEST, "a finite float32; 0 changes nothing"),
-    "seed": (Integral, -math.inf, math.inf, "a whole number, or None to draw one"),
+    "seed": (Integral, 0, MOST_SEED, f"a whole number from 0 to {MOST_SEED}, or None to draw one"),
     "ignore_eos": (bool, False, True, "True or False"),
     "logprobs": (Integral, 0, TOP, f"a whole number from 0 to {TOP}, or None"),
 }
@@ -46,7 +47,7 @@ class SamplingParams:
       repetition_penalty: scores of tokens in prompt and output are divided by it, negative ones
         multiplied (arXiv:1909.05858).
       presence_penalty, frequency_penalty: subtracted from scores of tokens in the output, once, and a time.
-      seed: same seed, same tokens, whatever stands beside the request; None draws one.
+      seed: below 2**32. Same seed, same tokens, whatever stands beside the request; None draws one.
       stop: strings that end the text; they are not part of it.
       ignore_eos: go on past end-of-sequence tokens.
       logprobs: None, or how many of the best tokens to report beside each one chosen, at most 20.
@@ -72,11 +73,11 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and getattr(type(self), name) is None:
                 continue
-            fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-            if not fits or not low <= value <= high:
+            if not is_a(kind, value) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r} must be {words}")
         object.__setattr__(self, "stop", _strings(self.stop))
-        _check_biases(self.logit_bias or {})
+        if self.logit_bias is not None:
+            _check_biases(self.logit_bias)
 
     @property
     def needs_full(self) -> bool:
@@ -112,14 +113,21 @@ class RowSampling:
             if field.name not in ("top_k", "seed")
         }
         top_k = np.array([min(p.top_k, _TOP_K) for p in params], np.int32)
-        return cls(**floats, top_k=top_k, seed=np.array([seed % 2**32 for seed in seeds], np.uint32))
+        return cls(**floats, top_k=top_k, seed=np.array(seeds, np.uint32))
 
 
-def _check_biases(biases: Mapping[int, float]) -> None:
+def is_a(kind: type, value: Any) -> bool:
+    """Whether a value is of a kind of number, `bool` being none but itself."""
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+
+
+def _check_biases(biases: Any) -> None:
+    if not isinstance(biases, Mapping):
+        raise ValueError(f"logit_bias={biases!r} must be a mapping of token ids to numbers, or None")
     if len(biases) > MOST_BIASES:
         raise ValueError(f"logit_bias has {len(biases)} tokens; at most {MOST_BIASES}")
     for token, shift in biases.items():
-        if not isinstance(token, Integral) or not isinstance(shift, Real) or not abs(shift) <= _LARGEST:
+        if not is_a(Integral, token) or not is_a(Real, shift) or not abs(shift) <= _LARGEST:
             raise ValueError(
                 f"logit_bias={{{token!r}: {shift!r}}} must map token ids to finite float32 numbers"
             )

@@ -5,11 +5,11 @@ The device runs one plan while the host makes the next, so plans count tokens be
     plan = scheduler.schedule()          # counts on
     ...                                  # dispatch it; then wait for the plan before
     scheduler.complete(before, tokens)   # values; corrects counts where fewer tokens came than planned
-    scheduler.finish(request)            # a stop token or string: the caller decides
+    scheduler.finish(request)            # a stop token or string, or nobody wants it: the caller decides
 
-One rule keeps pages safe: what a request holds is given back only when no plan in flight includes it. `finish`,
-`cancel` and preemption therefore only stop it from being planned (`Status`), and `_settle` gives back. Pages behind a
-window go back by the same rule: when the last plan that reads them completes.
+One rule keeps pages safe: what a request holds is given back only when no plan in flight includes it. `finish` and
+preemption therefore only stop it from being planned (`Status`), and `_settle` gives back. Pages behind a window go
+back by the same rule: when the last plan that reads them completes.
 
 It cannot get stuck: the running request that goes first takes pages from the others, one at a time, until it has
 what it needs; `add` refuses requests that do not fit alone.
@@ -151,6 +151,10 @@ class Scheduler:
                     f"{count}; shorten its {length} prompt tokens or max_tokens={request.max_tokens}"
                 )
 
+    def known(self, request: Request) -> int:
+        """Tokens of a request that it would find computed, were it to start now."""
+        return self._tables.match(self._shareable(request)) * self.config.page_size
+
     def finish(self, request: Request) -> None:
         """Ends a request wherever it is; tokens of it in flight are dropped. Nothing happens if it has ended."""
         if request.arrival is None:
@@ -163,10 +167,6 @@ class Scheduler:
             self._leave(request)
         request.status = Status.ENDED
         self._settle(request)
-
-    def cancel(self, request: Request) -> None:
-        """As `finish`: whatever the reason, the same happens."""
-        self.finish(request)
 
     def fail(self, request: Request) -> None:
         """As `finish`; what is in its pages is not to be trusted, and not shared with later requests."""
@@ -290,7 +290,7 @@ class Scheduler:
     def _shareable(self, request: Request) -> Sequence[bytes]:
         """The pages that it may find computed; not that of its last token, which must give logits."""
         page_size = self.config.page_size
-        extend_chain(request.chain, request.tokens, page_size=page_size, key=request.cache_key)
+        extend_chain(request.chain, request.tokens, page_size=page_size)
         return request.chain[: (len(request.tokens) - 1) // page_size if request.reuse else 0]
 
     def _admit(self, request: Request) -> bool:
@@ -370,9 +370,7 @@ class Scheduler:
         """Lets the full pages of a request's first `tokens` tokens, whose values are known, be found."""
         full = tokens // self.config.page_size
         if full > request.registered:
-            extend_chain(
-                request.chain, request.tokens, page_size=self.config.page_size, key=request.cache_key
-            )
+            extend_chain(request.chain, request.tokens, page_size=self.config.page_size)
             self._tables.register(_slot(request), request.chain, request.registered, full)
             request.registered = full
 

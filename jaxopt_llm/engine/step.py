@@ -7,9 +7,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Float, Int32
 
 from jaxopt_llm.engine.decode import decode
 from jaxopt_llm.engine.passes import choose, forward, keep_last, latest
@@ -85,9 +84,3 @@ def _score(
 
     nothing = lambda: (jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, jnp.int32))
     return jax.lax.cond(jnp.any(targets >= 0), compute, nothing)
-
-
-def pack_mask(allowed: Bool[np.ndarray, "V"]) -> UInt32[np.ndarray, "words"]:
-    """A bit for each token, as `Extras.mask` has them."""
-    padded = np.pad(allowed, (0, -len(allowed) % 32))
-    return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)

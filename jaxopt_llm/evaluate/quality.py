@@ -223,8 +223,8 @@ def _perplexity(nll: np.ndarray, plan: Windows, tokenizer: Tokenizer | None) -> 
         perplexity=found.value,
         stderr=found.stderr,
         interval=found.interval,
-        bits_per_byte=bits and bits.value,
-        bits_per_byte_interval=bits and bits.interval,
+        bits_per_byte=None if bits is None else bits.value,
+        bits_per_byte_interval=None if bits is None else bits.interval,
         tokens=int(plan.scored.sum()),
         window_nll=_window_means(nll, plan),
     )

@@ -2,6 +2,7 @@
 
 from jaxopt_llm.prune.importance import Depth, Importance, choose, importance
 from jaxopt_llm.prune.layerwise import CALIBRATED, SparseMethod, sparsify
+from jaxopt_llm.prune.reconstruct import reconstruct
 from jaxopt_llm.prune.shapes import Axis, Shape, body_params, fit
 from jaxopt_llm.prune.sparsity import Sparsity
 from jaxopt_llm.prune.surgery import Kept, cut
@@ -20,5 +21,6 @@ __all__ = [
     "cut",
     "fit",
     "importance",
+    "reconstruct",
     "sparsify",
 ]

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
 import jaxopt_llm as jo
 from jaxopt_llm import evaluate
-from tests import families
+from tests import families, harness_tasks
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,11 @@ def assert_refused(done, message):
 
 def test_mistakes_are_found_before_the_model_is_loaded(run_cli):
     """The default model would have to be downloaded."""
-    assert_refused(run_cli("eval"), "eval needs --text")
+    assert_refused(run_cli("eval"), "eval needs --text, a UTF-8 file to score, or --tasks")
+    assert_refused(
+        run_cli("eval", "--limit=3", "--text=nowhere.txt"), "--limit is for tasks; give --tasks too"
+    )
+    assert_refused(run_cli("eval", "--tasks=piqa", "--reference=a"), "--reference is compared with on a text")
     assert_refused(run_cli("eval", "--text=nowhere.txt"), "nowhere.txt")
     assert_refused(run_cli("eval", "--text=nowhere.txt", "--window=8", "--stride=9"), "stride=9")
 
@@ -163,3 +168,33 @@ def test_a_reference_of_another_tokenizer(score, storyteller, tmp_path):
 def test_a_reference_without_tokenizer(score, storyteller, tmp_path):
     jo.save(jo.load(storyteller)[0], None, tmp_path / "bare")
     assert figures(score(f"--reference={tmp_path / 'bare'}", "--windows=1", "--json"))["kld_mean"] == 0
+
+
+def test_tasks(run_cli, storyteller, text, tmp_path):
+    """Own ones; the figures are those that `evaluate.tasks` gives."""
+    pytest.importorskip("lm_eval")
+    folder = harness_tasks.write(tmp_path)
+    common = (
+        "eval",
+        f"--model={storyteller}",
+        "--tasks=tiny_choice",
+        f"--include_path={folder}",
+        "--limit=2",
+    )
+    found = figures(run_cli(*common, f"--text={text}", "--window=32", "--windows=2", "--json"))
+    assert found["perplexity"] > 1
+    task = found["tasks"]["tiny_choice"]
+    assert (task["documents"], task["shots"]) == (2, 0)
+    assert {"acc", "acc_norm"} == set(task["metrics"])
+    assert 0 <= task["metrics"]["acc"]["value"] <= 1
+    shown = run_cli(*common)
+    assert shown.stdout.splitlines()[2].split()[1:4:2] == ["tiny_choice", "acc"]
+    assert_refused(run_cli(*common[:-1], "--limit=0"), "limit=0 must be at least 1")
+
+
+def test_tasks_without_the_harness(run_cli, monkeypatch):
+    for name in ("jaxopt_llm.evaluate.tasks", "jaxopt_llm.evaluate.harness"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    message = "--tasks needs lm-evaluation-harness; pip install 'jaxopt-llm[eval]'"
+    assert_refused(run_cli("eval", "--tasks=piqa"), message)

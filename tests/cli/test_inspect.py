@@ -10,6 +10,7 @@ import jaxopt_llm as jo
 from jaxopt_llm import checkpoints
 from jaxopt_llm.checkpoints.files import Tensor
 from jaxopt_llm.models import num_params, weights
+from jaxopt_llm.sharding import topologies
 from tests import families
 
 
@@ -139,10 +140,18 @@ def test_step_on_a_chip_that_is_not_there(run_cli, storyteller):
     assert machine == {"name": "v5e", "bandwidth": 819e9, "flops": 197e12, "measured": False}
 
 
+def test_step_on_a_gpu_without_its_compiler(run_cli, storyteller, monkeypatch):
+    monkeypatch.setattr(topologies, "_cuda_plugin", lambda: None)
+    done = run_cli("inspect", f"--model={storyteller}", "--step", "--chip=h100")
+    assert done.code == 2
+    assert (
+        "--chip=h100: compiling for a GPU needs its compiler: pip install --no-deps jax-cuda12" in done.stderr
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--chip=h100"], "a GPU's step compiles only where one is"),
         (["--chip=v9"], "--chip=v9 is unknown; known are here, v4"),
         (["--rows=0"], "rows=0 must be at least 1"),
         (["--quantize=int7"], "int7"),

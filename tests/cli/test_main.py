@@ -97,6 +97,15 @@ def test_mistakes_in_flags(run_cli, probe, arguments, message):
     assert fails(run_cli(*arguments), message)
 
 
+def test_arguments_beside_flags_reach_a_command_that_takes_them(run_cli, probe):
+    probe.ARGUMENTS = "THING [THING ...]"
+    probe.main = lambda argv: print(argv, probe.SIZE.value)
+    assert run_cli("probe", "a", "--size=3", "b").stdout == "['jaxopt-llm probe', 'a', 'b'] 3\n"
+    assert run_cli("probe", "--help").stdout.startswith(
+        "usage: jaxopt-llm probe THING [THING ...] [--flags]\n"
+    )
+
+
 def raising(error):
     def command(argv):
         raise error

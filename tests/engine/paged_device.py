@@ -17,8 +17,8 @@ VOCAB = 4
 STOP = 0
 
 
-def next_token(key, tokens):
-    return zlib.crc32(repr((key, tuple(tokens))).encode()) // 7 % VOCAB
+def next_token(tokens):
+    return zlib.crc32(repr(tuple(tokens)).encode()) // 7 % VOCAB
 
 
 def prompt_of(length, seed=0):
@@ -32,10 +32,9 @@ def shape(plan):
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What one position of a page holds: made of which weights, under which key, after which tokens."""
+    """What one position of a page holds: made of which weights, after which tokens."""
 
     weights: int
-    key: str
     tokens: tuple[int, ...]
 
 
@@ -59,7 +58,7 @@ class Known:
     def of(cls, request: Request, stops: bool) -> "Known":
         tokens = list(request.prompt)
         for _ in range(request.max_tokens):
-            tokens.append(next_token(request.cache_key, tokens))
+            tokens.append(next_token(tokens))
         output = tokens[len(request.prompt) :]
         if stops and STOP in output:
             output = output[: output.index(STOP) + 1]
@@ -103,7 +102,7 @@ class Loop:
     def cancel(self, request: Request) -> None:
         if request.status is not Status.ENDED:
             self.cancelled.add(request)
-        self.scheduler.cancel(request)
+        self.scheduler.finish(request)
 
     def update_weights(self) -> None:
         self.scheduler.forget_prefixes()
@@ -189,18 +188,18 @@ class Loop:
 
     def _feed(self, plan: Plan, piece: Piece, start: int, tokens: list[int]) -> None:
         """Writes tokens into pages, then reads all that each of them sees."""
-        known, key = self.known[piece.request], piece.request.cache_key
+        known = self.known[piece.request]
         assert tokens[0] == known.truth[start], "fed another token than was sampled"
         sequence = known.truth[:start] + tuple(tokens)
         for kind, window in enumerate(self.config.windows):
             for position in range(start, len(sequence)):
-                cell = Cell(self.weights, key, sequence[: position + 1])
+                cell = Cell(self.weights, sequence[: position + 1])
                 self.cells[self._place(plan, kind, piece.slot, position)] = cell
             first = 0 if window is None else max(0, start - window + 1)
             for position in range(first, len(sequence)):
                 cell = self.cells[self._place(plan, kind, piece.slot, position)]
                 assert cell is not None, "reads what was never its own"
-                assert (cell.key, cell.tokens) == (key, sequence[: position + 1])
+                assert cell.tokens == sequence[: position + 1]
                 assert cell.weights >= known.weights, "reads what older weights wrote"
 
     def _place(self, plan: Plan, kind: int, slot: int, position: int) -> tuple[int, int, int]:
@@ -276,7 +275,7 @@ class Loop:
     def _check_equal(self, places: list[tuple[Request, int]]) -> None:
         """Whoever shares a page has it at the same place, after the same tokens."""
         prefixes = {
-            (request.cache_key, index, self.known[request].truth[: (index + 1) * self.config.page_size])
+            (index, self.known[request].truth[: (index + 1) * self.config.page_size])
             for request, index in places
         }
         assert len(places) == 1 or len(prefixes) == 1

@@ -27,6 +27,7 @@ MIXTRAL = ModelConfig(
     max_seq_len=2048, windows=(None,), rope=Rope(), experts=Experts(count=8, per_token=2, d_ff=512, layers=(True,)),
 )  # fmt: skip
 DECODE = inputs.Shape(rows=8, tokens=8, steps=1, full=False)
+SEVERAL = DECODE._replace(steps=4)
 SMALL, LARGE = 2**15, 2**20  # tokens in the cache
 # Each chip, model, form of weights and size of mesh with each of the others' at least once.
 PROGRAMS = [
@@ -107,9 +108,18 @@ def test_bytes_are_read_once(what):
     assert sum(one.flops for one in kernels) == pytest.approx(seen, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    "shape", [inputs.Shape(8, 8, 4, False), inputs.Shape(8, 128, 1, True)], ids=["steps", "prompts"]
-)
+def test_several_steps_copy_nothing_and_read_once_a_step():
+    """A loop is one operation, with what its body does once."""
+    ahead, found = compiled(LLAMA, None, "v5e", 1, shape=SEVERAL)
+    loop = max(found, key=lambda one: one.read)
+    assert loop.opcode == "while"
+    table = LLAMA.vocab_size * LLAMA.d_model * 2
+    assert loop.read <= 1.05 * (ahead.weight_bytes - table + ahead.cache_bytes)
+    assert sum(one.read for one in found if one is not loop) < 1e6
+    assert sum(one.written for one in found) < 1e6
+
+
+@pytest.mark.parametrize("shape", [SEVERAL, inputs.Shape(8, 128, 1, True)], ids=["steps", "prompts"])
 def test_other_shapes_compile(shape):
     ahead, _ = compiled(LLAMA, None, "v5e", 1, shape=shape)
     assert ahead.compiled.memory_analysis().alias_size_in_bytes >= ahead.cache_bytes

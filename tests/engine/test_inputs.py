@@ -192,14 +192,20 @@ def test_sizes_for_a_model():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_slots": 0}, "max_slots=0 must be at least 1"),
-        ({"page_size": -1}, "page_size=-1 must be at least 1"),
-        ({"max_seq_len": 0}, "max_seq_len=0 must be at least 1"),
-        ({"cache_tokens": 0}, "cache_tokens=0 must be at least 1"),
+        ({"max_slots": 0}, "max_slots=0 must be a whole number of at least 1"),
+        ({"max_slots": 1.5}, "max_slots=1.5 must be a whole number"),
+        ({"max_slots": True}, "max_slots=True must be a whole number"),
+        ({"page_size": -1}, "page_size=-1 must be a whole number of at least 1"),
+        ({"page_size": "16"}, "page_size='16' must be a whole number"),
+        ({"decode_steps": None}, "decode_steps=None must be a whole number"),
+        ({"max_seq_len": 0}, "max_seq_len=0 must be a whole number of at least 1"),
+        ({"cache_tokens": 0}, "cache_tokens=0 must be a whole number of at least 1"),
+        ({"cache_tokens": 1e3}, "cache_tokens=1000.0 must be a whole number"),
+        ({"prefix_cache": "no"}, "prefix_cache='no' must be True or False"),
         ({"cache_dtype": "int4"}, "cache_dtype='int4' must be one of float32, bfloat16, float16, int8"),
         ({"max_seq_len": 129}, "max_seq_len=129 is beyond the model's context of 128"),
     ],
 )
-def test_sizes_that_make_no_sense(settings, message):
+def test_sizes_that_make_no_sense(settings, message, unchecked):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**settings).scheduler(oracle.wide().config)

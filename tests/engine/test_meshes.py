@@ -65,6 +65,15 @@ def test_a_shard_without_work_does_not_hold_up_the_other(spread):
     assert sent[1:] == [spread.config.decode_steps] * -(-16 // spread.config.decode_steps)
 
 
+def test_a_prompt_goes_where_its_prefix_is(spread):
+    """As far as there is a free slot; the third goes to the shard that has one."""
+    first, second = oracle.prompts(90, 50, 50, seed=11)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    spread.generate([first, second], params)
+    found = spread.generate([second, first, second, second], params)
+    assert [result.cached_tokens for result in found] == [48, 48, 48, 0]
+
+
 def test_every_option(spread):
     """Two data shards share the work; sampling is the same on all tensor shards, and as on one device."""
     alone = Engine(oracle.tiny("mistral"), None, SIZES)

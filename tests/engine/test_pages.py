@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from jaxopt_llm.engine.pages import PagePool, PageTables, extend_chain
 
 
-def chain_of(tokens, page_size=4, key=""):
+def chain_of(tokens, page_size=4):
     chain: list[bytes] = []
-    extend_chain(chain, tokens, page_size=page_size, key=key)
+    extend_chain(chain, tokens, page_size=page_size)
     return chain
 
 
@@ -36,7 +36,6 @@ def test_a_chain_knows_all_before_it():
     assert chain[:2] == chain_of(tokens[:8])
     changed = chain_of([99, *tokens[1:]])
     assert not set(chain) & set(changed)
-    assert not set(chain) & set(chain_of(tokens, key="adapter"))
     assert len(set(chain_of([7] * 40))) == 10  # the same page further on is another page
 
 
@@ -44,8 +43,8 @@ def test_a_chain_is_extended_where_it_ended():
     tokens = list(range(30))
     chain: list[bytes] = []
     for end in range(len(tokens) + 1):
-        extend_chain(chain, tokens[:end], page_size=4, key="k")
-    assert chain == chain_of(tokens, key="k")
+        extend_chain(chain, tokens[:end], page_size=4)
+    assert chain == chain_of(tokens)
 
 
 def test_take_share_release():
@@ -185,12 +184,12 @@ def test_a_window_needs_only_its_own_pages_to_share():
     pages.release(1)
     window.take(13)  # evicts page 0 of the chain, which was given back first
     assert [digest in window for digest in chain] == [False, True, True, True]
-    assert pages._match(chain[:1]) == 0
-    assert pages._match(chain[:3]) == 3
+    assert pages.match(chain[:1]) == 0
+    assert pages.match(chain[:3]) == 3
     window.take(1)  # and page 3, the tail
-    assert pages._match(chain) == 3
+    assert pages.match(chain) == 3
     window.take(1)
-    assert pages._match(chain) == 0
+    assert pages.match(chain) == 0
 
 
 def brute_force_match(chain, registered, windows, page_size):
@@ -217,7 +216,7 @@ def test_match_is_the_longest(data):
         for page, digest in zip(pool.take(8), chain, strict=True):
             if digest in found:
                 pool.register(page, digest)
-    assert pages._match(chain) == brute_force_match(chain, registered, windows, page_size)
+    assert pages.match(chain) == brute_force_match(chain, registered, windows, page_size)
 
 
 def test_snapshots_stay_as_they_were():

@@ -118,6 +118,10 @@ def test_penalties():
         ("repetition_penalty", np.nan),
         ("seed", 1.5),
         ("seed", "7"),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("logit_bias", [3]),
+        ("logit_bias", []),
         ("logprobs", 1.5),
         ("logprobs", False),
         ("ignore_eos", "no"),
@@ -133,6 +137,14 @@ def test_bad_settings_name_the_value(field, value, unchecked):
         SamplingParams(**{field: value})
 
 
+@pytest.mark.parametrize("bias", [{True: 1.0}, {1: True}, {"1": 1.0}, {1: None}, {1: math.nan}, {1: 1e39}])
+def test_biases_map_tokens_to_numbers(bias, unchecked):
+    with pytest.raises(
+        ValueError, match=re.escape(f"logit_bias={bias!r} must map token ids to finite float32")
+    ):
+        SamplingParams(logit_bias=bias)
+
+
 def test_stop_takes_one_string_or_several():
     assert SamplingParams(stop="END").stop == ("END",)
     assert dataclasses.replace(SamplingParams(), stop=["a", "b"]).stop == ("a", "b")
@@ -145,9 +157,9 @@ def test_numbers_of_numpy_and_whole_floats_will_do(field, value, unchecked):
     assert getattr(SamplingParams(**{field: value}), field) == value
 
 
-@pytest.mark.parametrize("seed", [0, -1, 2**31, 2**32 + 5, -(10**30)])
-def test_any_whole_number_is_a_seed(seed):
-    assert RowSampling.stack([SamplingParams(seed=seed)], [seed]).seed.tolist() == [seed % 2**32]
+@pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1])
+def test_seeds_are_kept_whole(seed):
+    assert RowSampling.stack([SamplingParams(seed=seed)], [seed]).seed.tolist() == [seed]
 
 
 def test_filters_leave_alone_who_has_none():

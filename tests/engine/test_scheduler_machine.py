@@ -51,7 +51,6 @@ REQUESTS = st.fixed_dictionaries(
         "stops": st.sampled_from([False, False, True]),
         "stepwise": st.sampled_from([False, False, True]),
         "priority": st.sampled_from([1, 1, 0]),
-        "cache_key": st.sampled_from(["", "", "adapter"]),
         "reuse": st.sampled_from([True, True, False]),
     }
 )

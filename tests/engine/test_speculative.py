@@ -149,7 +149,7 @@ def test_what_does_not_go_together_is_refused():
         Engine(windows, None, SIZES, draft=oracle.tiny("llama", vocab_size=windows.config.vocab_size))
     with pytest.raises(ValueError, match="decode_steps=1 leaves no room for drafts"):
         Engine(model, None, dataclasses.replace(LOOKUP, decode_steps=1))
-    with pytest.raises(ValueError, match="draft_tokens=0 must be at least 1"):
+    with pytest.raises(ValueError, match="draft_tokens=0 must be a whole number of at least 1"):
         EngineConfig(draft_tokens=0)
 
 

@@ -6,7 +6,8 @@
 //
 // A block is inputs that never lie under two scales: 32, or 16 where the weights' groups are no multiple of 32. Rows of
 // activations come in tiles of a few rows: `[block][row][inputs of the block]`. Where activations are not rounded, an
-// instruction set with fast integer dots has three of those to a row, the digits of its fixed-point numbers.
+// instruction set with fast integer dots has three of those to a row, the digits of its fixed-point numbers. They keep 23
+// bits below the largest of up to 512 inputs: beside one that is 1e5 times larger, others have six or seven.
 //
 // A row's arithmetic is the same in a tile of any height, and no sum is split, so its bits depend on nothing beside it.
 #pragma once
@@ -19,6 +20,7 @@ namespace jaxopt {
 constexpr size_t kLanes = 16;      // outputs of a panel
 constexpr size_t kRounded = 32;  // inputs that share one scale of rounded activations
 constexpr size_t kMostPanels = 2;  // that are multiplied together
+constexpr size_t kLongestRun = 512;  // inputs whose digits share a scale
 
 enum class FloatType { kF32, kF16, kBF16 };
 enum class Gate { kNone, kSilu, kGelu, kGeluTanh };
@@ -50,6 +52,12 @@ struct LinearArgs {
   size_t outputs;
 
   size_t blocks() const { return inputs / block; }
+  size_t blocks_per_scale() const { return blocks() / scales; }
+  // Blocks of a run of digits: those under one scale of the weights, in as few runs of about the same length as may be.
+  size_t blocks_per_run() const {
+    const size_t blocks = blocks_per_scale(), runs = (blocks * block + kLongestRun - 1) / kLongestRun;
+    return (blocks + runs - 1) / runs;
+  }
   size_t panels_per_group() const { return gate == Gate::kNone ? 1 : 2; }
   // What is added to a code to store it: nibbles beside a minimum are stored as they are.
   int32_t nibble_zero() const { return minimum.data == nullptr ? 8 : 0; }
@@ -58,7 +66,7 @@ struct LinearArgs {
 constexpr size_t kDigitsOfFloat = 3;
 
 // Activations ready for the product, tile after tile; a tile starts at its first row's place. A run is the blocks whose
-// products are summed before a scale takes part: one block, or with digits as many as share a scale of the weights.
+// products are summed before a scale takes part: one block, or with digits up to 512 inputs under one scale of the weights.
 struct Tiles {
   char* x;         // [rows * inputs]
   float* scale;    // [rows * runs]

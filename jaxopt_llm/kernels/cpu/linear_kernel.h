@@ -161,42 +161,51 @@ void prepare_plain(const LinearArgs& args, size_t row, TileRow<kBlock> to) {
   }
 }
 
-// A row as fixed-point numbers of three digits, which keep as much of its largest value as a float does. A digit of base
+// A run as fixed-point numbers of three digits, which keep as much of its largest value as a float does. A digit of base
 // 254 is within 127 on either side.
 constexpr float kBase = 254, kMostDigits = 127 * kBase * kBase;
 
 template <bool kNorm, size_t kBlock>
-void prepare_digits(const LinearArgs& args, size_t row, TileRow<kBlock> to) {
-  const InputRow<kNorm> from(args, row);
+JAXOPT_INLINE void round_run(const InputRow<kNorm>& from, const TileRow<kBlock>& to, size_t run, size_t first,
+                             size_t blocks) {
+  const size_t begin = first * kBlock, end = begin + blocks * kBlock;
   F32 most = simd::zero();
-  for (size_t i = 0; i < args.inputs; i += kLanes) most = simd::max_magnitude(most, from.at(i));
+  for (size_t i = begin; i < end; i += kLanes) most = simd::max_magnitude(most, from.at(i));
   const float finest = simd::reduce_magnitudes(most) / kMostDigits, scale = finest < kSmallest ? kSmallest : finest;
   const F32 inverse = simd::broadcast(1.0f / scale);
   const F32 factor[] = {simd::broadcast(1 / (kBase * kBase)), simd::broadcast(1 / kBase), simd::broadcast(1.0f)};
   const F32 weight[] = {simd::broadcast(-kBase * kBase), simd::broadcast(-kBase), simd::broadcast(-1.0f)};
 
-  const size_t blocks = args.blocks() / args.scales;
-  for (size_t run = 0; run < args.scales; ++run) {
-    F32 sum = simd::zero();
-    I32 digits[kDigitsOfFloat] = {simd::broadcast(0), simd::broadcast(0), simd::broadcast(0)};
-    for (size_t i = run * blocks * kBlock; i < (run + 1) * blocks * kBlock; i += kLanes) {
-      const F32 value = from.at(i);
-      sum = simd::add(sum, value);
-      F32 rest = simd::mul(value, inverse);
-      char* codes = to.block(i / kBlock) + i % kBlock;
-      JAXOPT_UNROLL
-      for (size_t d = 0; d < kDigitsOfFloat; ++d) {
-        const I32 digit = simd::round(simd::mul(rest, factor[d]));
-        rest = simd::fma(simd::to_float(digit), weight[d], rest);  // exact
-        digits[d] = simd::add(digits[d], digit);
-        simd::store_bytes(reinterpret_cast<int8_t*>(codes) + d * kBlock, digit);
-      }
-    }
-    to.scale[run * to.height] = scale;
-    to.sum[run * to.height] = simd::reduce_add(sum);
+  F32 sum = simd::zero();
+  I32 digits[kDigitsOfFloat] = {simd::broadcast(0), simd::broadcast(0), simd::broadcast(0)};
+  for (size_t i = begin; i < end; i += kLanes) {
+    const F32 value = from.at(i);
+    sum = simd::add(sum, value);
+    F32 rest = simd::mul(value, inverse);
+    char* codes = to.block(i / kBlock) + i % kBlock;
+    JAXOPT_UNROLL
     for (size_t d = 0; d < kDigitsOfFloat; ++d) {
-      to.start[(run * kDigitsOfFloat + d) * to.height] = -simd::reduce_add(digits[d]) * to.zero;
+      const I32 digit = simd::round(simd::mul(rest, factor[d]));
+      rest = simd::fma(simd::to_float(digit), weight[d], rest);  // exact
+      digits[d] = simd::add(digits[d], digit);
+      simd::store_bytes(reinterpret_cast<int8_t*>(codes) + d * kBlock, digit);
     }
+  }
+  to.scale[run * to.height] = scale;
+  to.sum[run * to.height] = simd::reduce_add(sum);
+  for (size_t d = 0; d < kDigitsOfFloat; ++d) {
+    to.start[(run * kDigitsOfFloat + d) * to.height] = -simd::reduce_add(digits[d]) * to.zero;
+  }
+}
+
+template <bool kNorm, size_t kBlock>
+void prepare_digits(const LinearArgs& args, size_t row, TileRow<kBlock> to) {
+  const InputRow<kNorm> from(args, row);
+  const size_t blocks = args.blocks_per_scale(), most = args.blocks_per_run();
+  for (size_t block = 0, run = 0; block < args.blocks(); ++run) {
+    const size_t left = blocks - block % blocks, length = left < most ? left : most;
+    round_run(from, to, run, block, length);
+    block += length;
   }
 }
 
@@ -320,23 +329,23 @@ struct IntegerRows {
   const int8_t* x;
   const float* scale;
   const int32_t* start;
-  size_t run;  // blocks
+  size_t run;  // blocks, at most
 
   IntegerRows(const LinearArgs& args, const Tiles& tiles, size_t base)
       : x(reinterpret_cast<const int8_t*>(tiles.x) + base * args.inputs * kDigits),
         scale(tiles.scale + base * args.blocks()),
         start(tiles.start + base * args.blocks() * kDigitsOfFloat),
-        run(kDigits == 1 ? 1 : args.blocks() / args.scales) {}
+        run(kDigits == 1 ? 1 : args.blocks_per_run()) {}
 
-  // Adds a run's products.
-  JAXOPT_INLINE void next(Weights<Form, kPanels>& weights, F32 (&total)[kPanels][kRows]) {
+  // Adds the products of a run of so many blocks.
+  JAXOPT_INLINE void next(Weights<Form, kPanels>& weights, F32 (&total)[kPanels][kRows], size_t blocks) {
     RowSums sum[kPanels][kRows];
     JAXOPT_UNROLL
     for (size_t r = 0; r < kRows; ++r) {
       JAXOPT_UNROLL
       for (size_t p = 0; p < kPanels; ++p) begin(sum[p][r], start + r);
     }
-    for (size_t b = 0; b < (kDigits == 1 ? 1 : run); ++b) add_block(weights, sum);
+    for (size_t b = 0; b < (kDigits == 1 ? 1 : blocks); ++b) add_block(weights, sum);
     JAXOPT_UNROLL
     for (size_t r = 0; r < kRows; ++r) {
       const F32 row_scale = simd::broadcast(scale[r]);
@@ -409,7 +418,7 @@ struct PlainRows {
   PlainRows(const LinearArgs& args, const Tiles& tiles, size_t base)
       : x(reinterpret_cast<const float*>(tiles.x) + base * args.inputs), zero(args.nibble_zero()) {}
 
-  JAXOPT_INLINE void next(Weights<Form, kPanels>& weights, F32 (&total)[kPanels][kRows]) {
+  JAXOPT_INLINE void next(Weights<Form, kPanels>& weights, F32 (&total)[kPanels][kRows], size_t) {
     F32 sum[kPanels][kRows];
     clear(sum);
     JAXOPT_UNROLL
@@ -444,7 +453,7 @@ struct PlainRows {
 template <template <class, size_t, size_t> class Rows, class Form, bool kMinimum, size_t kPanels, size_t kRows>
 void multiply_tile(const LinearArgs& args, const Tiles& tiles, const uint8_t* codes, size_t panel, size_t base,
                    Sums* out) {
-  const size_t blocks = args.blocks(), scales = args.scales, blocks_per_scale = blocks / scales;
+  const size_t blocks = args.blocks(), scales = args.scales, blocks_per_scale = args.blocks_per_scale();
   const float* x_sum = tiles.sum + base * blocks;
   Rows<Form, kPanels, kRows> rows(args, tiles, base);
 
@@ -461,7 +470,8 @@ void multiply_tile(const LinearArgs& args, const Tiles& tiles, const uint8_t* co
       if (kMinimum) minimum[p] = load_floats(args.minimum, at);
     }
     for (size_t b = 0; b < blocks_per_scale; b += rows.run) {
-      rows.next(weights, total);
+      const size_t left = blocks_per_scale - b;
+      rows.next(weights, total, left < rows.run ? left : rows.run);
       if (kMinimum) {
         add_minimum(minimum, x_sum, total);
         x_sum += kRows;

@@ -17,7 +17,6 @@ _ROUNDED = 32  # inputs that share a scale of rounded activations
 ROUND_BLOCKS, ROUND_ROWS = (8, _ROUNDED), (8, None)
 _BYTE_ZERO = 128  # 8-bit codes are stored unsigned, with this added
 _NIBBLE_ZERO = 8  # likewise, 4-bit ones that have no minimum
-_LONGEST_SUM = 2**17  # products of a code and a digit, at most 128 * 127, that an int32 holds
 _SCALES = (jnp.float32, jnp.float16, jnp.bfloat16)
 
 
@@ -80,7 +79,6 @@ def form(w: Weight) -> Hashable | None:
         w.bits in (8, 4, 3)
         and jnp.issubdtype(w.data.dtype, jnp.integer)
         and w.group % _BLOCK == 0
-        and w.group <= _LONGEST_SUM
         and (w.act in (None, ROUND_ROWS) or (w.act == ROUND_BLOCKS and w.shape[-1] % _ROUNDED == 0))
         and w.scale.dtype in _SCALES
         and (w.bias is None or w.bias.dtype == w.scale.dtype)

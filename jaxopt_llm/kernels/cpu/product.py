@@ -29,7 +29,9 @@ def product(
     Raises:
       ValueError: if only one of weights and rows knows of experts.
 
-    A row of the result has the same bits whatever rows stand beside it and however many threads work.
+    A row of the result has the same bits whatever rows stand beside it and however many threads work. Where activations
+    are not rounded, it is as exact as a product in float32, but for this: with AVX-512 an input is lost up to
+    2^-24 of the largest of its run, 512 inputs at most and no more than share a scale of the weights.
     """
     if (len(w.shape) == 3) != (sizes is not None):
         raise ValueError(

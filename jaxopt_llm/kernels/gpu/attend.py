@@ -21,6 +21,7 @@ _ROWS = 64  # of a block, a query and a head each, unless one query has more hea
 _TILE = 2**14  # bytes of the keys of a block, in the dtype of the queries
 _PROGRAMS = 256  # keep a large GPU busy
 _SHARE = 256  # keys that are worth a program of their own
+_SMALLEST = 1.2e-38  # that float32 has without loss
 _NOTHING = -1e30  # stands for the logarithm of 0; finite, so that differences are numbers
 
 
@@ -104,6 +105,44 @@ def _sizes(q: Array, pages: Pages, table: Array, window: int | None) -> _Sizes:
     return _Sizes(queries, rows, columns, keys, (kv_heads, splits, blocks))
 
 
+class _Block(NamedTuple):
+    """A program's queries, and the keys that one of them sees.
+
+    Attributes:
+      kv_head: whose keys and values they meet.
+      slot: whose tokens they are.
+      token: of each row, its place in the batch.
+      head: of each row, among the query heads.
+      own: whether a row has a query.
+      shift: from a token's place in the batch to its position.
+      low, high: positions of the keys.
+    """
+
+    kv_head: Array
+    slot: Array
+    token: Array
+    head: Array
+    own: Array
+    shift: Array
+    low: Array | int
+    high: Array
+
+
+class _Keys(NamedTuple):
+    """Some keys that are read at once.
+
+    Attributes:
+      position: of each in its sequence.
+      wanted: whether a query may see it: other places may be anyone's, and 0 x NaN is NaN.
+      page, at: where it lies.
+    """
+
+    position: Array
+    wanted: Array
+    page: Array
+    at: Array
+
+
 def _kernel(
     table: Any, kv_len: Any, query_start: Any, block_end: Any, q: Any, k: Any, v: Any, sinks: Any,
     out: Any, logsum: Any,
@@ -113,65 +152,85 @@ def _kernel(
 
     Writes the softmax over its share of the keys, and the logarithm of the sum that it was divided by.
     """
-    (kv_heads, splits, _), (queries, rows, columns, keys, _) = sizes.grid, sizes
-    kv_head, split, block = (pl.program_id(axis) for axis in range(3))
-    group, (page_size, _, width) = q.shape[1] // kv_heads, k[0].shape[1:]
-
-    slot, first, stop = _own_tokens(block, block_end, query_start, queries)
-    row, column = jnp.arange(rows), jnp.arange(columns)
-    token, head = first + row // group, kv_head * group + row % group
-    own = (row < queries * group) & (token < stop)
-    place = (token[:, None], head[:, None], column[None, :])
-    inside = own[:, None] & (column < width)[None, :]
+    split, column = pl.program_id(1), jnp.arange(sizes.columns)
+    block = _block(kv_len, query_start, block_end, q.shape[1] // sizes.grid[0], sizes, window)
+    place = (block.token[:, None], block.head[:, None], column[None, :])
+    inside = block.own[:, None] & (column < q.shape[2])[None, :]
     query = triton.load(q.at[place], mask=inside, other=0)
-
-    # Keys that one of the queries sees, and of these the program's share, in whole blocks.
-    shift = kv_len[slot] - stop  # from a token's place in the batch to its position
-    low = 0 if window is None else jnp.maximum(first + shift - window + 1, 0)
-    high = jnp.where(first < stop, jnp.minimum(first + queries, stop) + shift, 0)
-    start = low // keys
-    turns = jnp.maximum(pl.cdiv(high, keys) - start, 0)
 
     def turn(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, mixed = carry
-        key = i * keys + jnp.arange(keys)
-        wanted = (key >= low) & (key < high)  # other places may be anyone's, and 0 x NaN is NaN
-        number, at = jax.lax.div(key, page_size), jax.lax.rem(key, page_size)
-        page = triton.load(table.at[slot, number], mask=wanted, other=0)
-
-        index = (page[:, None], at[:, None], kv_head, column[None, :])
-        whole = wanted[:, None] & (column < width)[None, :]
-
-        def read(data: Any, scales: Any) -> tuple[Array, Array | float]:
-            codes = triton.load(data.at[index], mask=whole, other=0).astype(query.dtype)
-            if scales is None:
-                return codes, 1.0
-            return codes, triton.load(scales.at[page, at, kv_head], mask=wanted, other=0)[None, :]
-
-        codes, of_key = read(*k)
-        scores = triton.dot(query, codes, trans_b=True) * (of_key * scale)
+        keys = _keys(table, block, i * sizes.keys + jnp.arange(sizes.keys), page_size=k[0].shape[1])
+        codes, of_key = _read(k, keys, block.kv_head, column, query.dtype)
+        scores = triton.dot(query, codes, trans_b=True) * (scale if of_key is None else of_key * scale)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        distance = (token + shift)[:, None] - key[None, :]
+        distance = (block.token + block.shift)[:, None] - keys.position[None, :]
         visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         scores = jnp.where(visible, scores, -jnp.inf)
         higher = jnp.maximum(top, scores.max(1))
         kept, weights = jnp.exp(top - higher), jnp.exp(scores - higher[:, None])
-        codes, of_key = read(*v)
-        mixed = mixed * kept[:, None] + triton.dot((weights * of_key).astype(query.dtype), codes)
-        return higher, total * kept + weights.sum(1), mixed
+        more = _mix(weights, *_read(v, keys, block.kv_head, column, query.dtype))
+        return higher, total * kept + weights.sum(1), mixed * kept[:, None] + more
 
-    top, total = jnp.full(rows, _NOTHING, jnp.float32), jnp.zeros(rows, jnp.float32)
+    top, total = jnp.full(sizes.rows, _NOTHING, jnp.float32), jnp.zeros(sizes.rows, jnp.float32)
     if sinks is not None:  # a key without a value, which the first split sees
-        sink = triton.load(sinks.at[head]).astype(jnp.float32)
+        sink = triton.load(sinks.at[block.head]).astype(jnp.float32)
         top, total = jnp.where(split == 0, sink, top), jnp.where(split == 0, 1.0, total)
-    shares = (start + turns * split // splits, start + turns * (split + 1) // splits)
-    top, total, mixed = jax.lax.fori_loop(
-        *shares, turn, (top, total, jnp.zeros((rows, columns), jnp.float32))
-    )
+    nothing = jnp.zeros((sizes.rows, sizes.columns), jnp.float32)
+    top, total, mixed = jax.lax.fori_loop(*_share(block, split, sizes), turn, (top, total, nothing))
     total = jnp.maximum(total, 1)  # less only without a key: the highest score alone gives 1
     triton.store(out.at[split, *place], (mixed / total[:, None]).astype(out.dtype), mask=inside)
-    triton.store(logsum.at[split, token, head], top + jnp.log(total), mask=own)
+    triton.store(logsum.at[split, block.token, block.head], top + jnp.log(total), mask=block.own)
+
+
+def _block(
+    kv_len: Any, query_start: Any, block_end: Any, group: int, sizes: _Sizes, window: int | None
+) -> _Block:
+    kv_head, queries, row = pl.program_id(0), sizes.queries, jnp.arange(sizes.rows)
+    slot, first, stop = _own_tokens(pl.program_id(2), block_end, query_start, queries)
+    token, head = first + row // group, kv_head * group + row % group
+    own = (row < queries * group) & (token < stop)
+    shift = kv_len[slot] - stop
+    low = 0 if window is None else jnp.maximum(first + shift - window + 1, 0)
+    high = jnp.where(first < stop, jnp.minimum(first + queries, stop) + shift, 0)
+    return _Block(kv_head, slot, token, head, own, shift, low, high)
+
+
+def _share(block: _Block, split: Array, sizes: _Sizes) -> tuple[Array, Array]:
+    """From which to before which of all runs of `sizes.keys` keys the program goes."""
+    splits, start = sizes.grid[1], block.low // sizes.keys
+    turns = jnp.maximum(pl.cdiv(block.high, sizes.keys) - start, 0)
+    return start + turns * split // splits, start + turns * (split + 1) // splits
+
+
+def _keys(table: Any, block: _Block, position: Array, *, page_size: int) -> _Keys:
+    wanted = (position >= block.low) & (position < block.high)
+    number, at = jax.lax.div(position, page_size), jax.lax.rem(position, page_size)
+    page = triton.load(table.at[block.slot, number], mask=wanted, other=0)
+    return _Keys(position, wanted, page, at)
+
+
+def _read(store: Any, keys: _Keys, kv_head: Array, column: Array, dtype: Any) -> tuple[Array, Array | None]:
+    """Keys or values, and of codes the scale of each."""
+    data, scales = store
+    index = (keys.page[:, None], keys.at[:, None], kv_head, column[None, :])
+    whole = keys.wanted[:, None] & (column < data.shape[-1])[None, :]
+    codes = triton.load(data.at[index], mask=whole, other=0).astype(dtype)
+    if scales is None:
+        return codes, None
+    return codes, triton.load(scales.at[keys.page, keys.at, kv_head], mask=keys.wanted, other=0)[None, :]
+
+
+def _mix(weights: Array, codes: Array, of_key: Array | None) -> Array:
+    """The weighted sum of values."""
+    if of_key is not None:
+        weights = weights * of_key
+    if of_key is None or codes.dtype != jnp.float16:
+        return triton.dot(weights.astype(codes.dtype), codes)
+    # float16 has no numbers for weights times small scales: a row's largest is taken out.
+    largest = jnp.maximum(weights.max(1), _SMALLEST)[:, None]
+    return triton.dot((weights / largest).astype(codes.dtype), codes) * largest
 
 
 def _own_tokens(block: Array, block_end: Any, query_start: Any, queries: int) -> tuple[Array, Array, Array]:

@@ -1,5 +1,6 @@
 """The CPU product against float64 NumPy, on every instruction set that this machine can run."""
 
+import dataclasses
 import math
 
 import jax
@@ -249,7 +250,7 @@ def test_float_activations_are_as_exact_as_in_xla(form, inputs, isa):
 
 @pytest.mark.parametrize("form", ["int8", "int8_minimum", "int4_float"])
 def test_float_activations_of_any_magnitude(form, isa):
-    """Rows of digits share one step: one value may be far larger than the others, or all of them tiny or huge."""
+    """Runs of digits share one step: one value may be far larger than the others, or all of them tiny or huge."""
     w = weight(form, 40, 2048)
     p = pack([w])
     x = activations(6, 2048)
@@ -262,6 +263,22 @@ def test_float_activations_of_any_magnitude(form, isa):
     assert not y[4].any()
     x[5] = 1e-40  # subnormal, which XLA takes for 0
     assert np.abs(linear(jnp.asarray(x), p)[5]).max() < 1e-35
+
+
+@pytest.mark.parametrize("form", ["int8", "int8_16_float", "int4_symmetric_float"])
+@pytest.mark.parametrize("inputs", [576, 2048])
+def test_an_outlier_costs_digits_of_its_run_alone(form, inputs, isa):
+    """A run has 512 inputs at most, and half a step of 23 bits below its largest is all that is lost of each."""
+    codes = weight(form, 40, inputs)
+    width = codes.bits * inputs // 8
+    x = activations(9, inputs)
+    x[:, 77] = 1e5
+    for zeros in (slice(512 * width // inputs), slice(77 * width // inputs, 77 * width // inputs + 1)):
+        w = dataclasses.replace(codes, data=codes.data.at[:, zeros].set(0))
+        exact = np.abs(np.asarray(linear(jnp.asarray(x), pack([w]))) - x.astype(np.float64) @ values(w).T)
+        run = np.abs(values(w))[:, :512].sum(1)
+        lost = 0.5 * 1e5 / (127 * 254**2) * run
+        assert (exact <= 3e-6 * (np.abs(x) @ np.abs(values(w)).T) + lost).all()
 
 
 @pytest.mark.parametrize("form", ["int8", "int8_block", "int8_minimum", "int4", "int4_float"])

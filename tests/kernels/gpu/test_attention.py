@@ -52,13 +52,13 @@ def spoiled(pages, table, chunks, window):
     return jax.tree.map(lambda a: a if a.dtype == jnp.int8 else spoil(a), pages)
 
 
-def both(chunks, tokens, pages, table, spec, *, heads, dtype="float32", sinks=None):
+def both(chunks, tokens, pages, table, spec, *, heads, dtype="float32", sinks=None, values=1.0):
     """What the kernel gives and what the definition does, with the pages that they leave."""
     q, k, v = (
         x.astype(dtype)
         for x in random_qkv(tokens, heads=heads, kv_heads=pages.k.shape[2], width=pages.k.shape[3])
     )
-    step = batch(chunks, table, tokens)
+    step, v = batch(chunks, table, tokens), (v * values).astype(dtype)
     run = jax.jit(lambda *args: attention(*args, spec, sinks))
     plain = dataclasses.replace(pages, kernel=None)
     (ours, after), (definition, expected) = (run(q, k, v, step, cache) for cache in (pages, plain))
@@ -122,3 +122,12 @@ def test_old_cards(capability, serves, monkeypatch, recwarn):
     pages = init_pages(3, 16, 2, 64, jnp.dtype("float32"), kernel=True, platform="gpu")
     assert (pages.kernel == "gpu") is serves
     assert serves or "needs an NVIDIA card of compute capability 8.0" in str(recwarn.pop(UserWarning).message)
+
+
+def test_small_values_in_float16():
+    """Their scales lie in float32, and are not lost where weights meet codes in halves."""
+    pages, table = pages_and_table(8, 2, 64, "int8")
+    small = dataclasses.replace(pages, v_scale=pages.v_scale / 1000)
+    chunks = ((20, 21), (33, 34))
+    ours, definition = both(chunks, 2, small, table, PLAIN, heads=4, dtype="float16", values=1e-3)
+    np.testing.assert_allclose(ours, definition, atol=2e-3 * float(jnp.abs(definition).max()))
