@@ -2,6 +2,7 @@
 
 from jaxopt_llm.quantize.awq import AWQ
 from jaxopt_llm.quantize.gptq import GPTQ
+from jaxopt_llm.quantize.layerwise import layerwise
 from jaxopt_llm.quantize.mixed import MIXED, allocate, mixed
 from jaxopt_llm.quantize.rtn import quantize
 from jaxopt_llm.quantize.rules import Rules, assign, check_rules, exact_rules
@@ -19,6 +20,7 @@ __all__ = [
     "assign",
     "check_rules",
     "exact_rules",
+    "layerwise",
     "mixed",
     "quantize",
     "sensitivities",

@@ -32,7 +32,7 @@ def grid(w: Float[Array, "O I"], gram: Float[Array, "I I"], *, format: Format, c
     own = _own_moments(gram, groups.shape[-1])
 
     def loss(share: Array) -> Float[Array, "O G"]:
-        scale, bias = (_each(part) for part in format.grid(share * low, share * high))
+        scale, bias = _over_columns(*format.grid(share * low, share * high))
         change = decode(format.encode(groups, scale, bias), scale, bias) - groups
         moved = jnp.einsum("ogi,gij->ogj", change, own, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(moved * change, -1)
@@ -48,8 +48,9 @@ def _own_moments(gram: Float[Array, "I I"], group: int) -> Float[Array, "G g g"]
     return jnp.einsum("aiaj->aij", gram.reshape(count, group, count, group))
 
 
-def _each(part: Array | None) -> Array | None:
-    return None if part is None else part[..., None]
+def _over_columns(scale: Array, bias: Array | None) -> tuple[Array, Array | None]:
+    """A grid in a shape that broadcasts against the columns of its groups."""
+    return scale[..., None], None if bias is None else bias[..., None]
 
 
 def decode(codes: Shaped[Array, "..."], scale: Array, bias: Array | None) -> Float[Array, "..."]:
@@ -62,5 +63,5 @@ def decode(codes: Shaped[Array, "..."], scale: Array, bias: Array | None) -> Flo
 def round_on(w: Float[Array, "O I"], scale: Array, bias: Array | None, *, format: Format) -> QArray:
     """A weight rounded to nearest on a given grid."""
     groups = w.reshape(*scale.shape, -1)
-    codes = format.encode(groups, scale[..., None], _each(bias)).reshape(w.shape)
+    codes = format.encode(groups, *_over_columns(scale, bias)).reshape(w.shape)
     return format.assemble(codes, scale, bias)

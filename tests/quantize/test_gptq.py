@@ -7,8 +7,9 @@ import pytest
 from jaxopt_llm.calibrate import walk
 from jaxopt_llm.kernels import QArray, quantization_format
 from jaxopt_llm.models import weights
+from jaxopt_llm.quantize import AWQ, GPTQ, layerwise
 from jaxopt_llm.quantize.clipping import grid
-from jaxopt_llm.quantize.gptq import GPTQ, gptq
+from jaxopt_llm.quantize.gptq import gptq
 
 RANDOM = np.random.default_rng(0)
 MIX = RANDOM.standard_normal((64, 64)) * np.exp(RANDOM.standard_normal(64))
@@ -93,11 +94,16 @@ def test_damping_grows_until_the_moments_can_be_factorised():
         gptq(array(W), array(gram * np.nan), form)
 
 
-def test_a_walk_rounds_every_product(model, ids):
-    rounded = walk(model, ids, [GPTQ(format="int4_g32_zero")])
-    for name, value in weights(rounded).items():
-        inside = name.startswith("layers.") and "norm" not in name
-        assert isinstance(value, QArray) == inside, name
+def test_what_the_methods_leave_is_rounded_to_nearest(model, ids):
+    methods = [AWQ(format="int4_g32_zero", round=False), GPTQ(format="int4_g32_zero")]
+    rounded = layerwise(model, ids, methods)
+    bits = {name: value.bits for name, value in weights(rounded).items() if isinstance(value, QArray)}
+    matrices = {name for name, value in weights(model).items() if value.ndim == 2}
+    assert bits == {name: 8 if name == "embed.weight" else 4 for name in matrices}
+    kept = layerwise(model, ids, methods, rest=None)
+    np.testing.assert_array_equal(weights(kept)["embed.weight"], weights(model)["embed.weight"])
+    with pytest.raises(ValueError, match="unknown quantization 'int5'"):
+        layerwise(model, ids, methods, rest="int5")
 
 
 def test_bad_settings_are_refused(model, ids):
