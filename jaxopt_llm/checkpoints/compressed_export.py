@@ -101,9 +101,9 @@ def _packed(w: QArray) -> np.ndarray:
 
 def _packed_zeros(w: QArray) -> np.ndarray:
     codes = np.round(_zeros(w)).astype(np.int32) + (128 if w.bits == 8 else 0)
-    rows = np.pad(codes, ((0, -len(codes) % (32 // w.bits)), (0, 0))).T.astype(np.uint8)
-    packed = rows if w.bits == 8 else pack_codes(rows, w.bits)
-    return np.ascontiguousarray(np.ascontiguousarray(packed).view(np.int32).T)
+    rows = np.ascontiguousarray(np.pad(codes, ((0, -len(codes) % (32 // w.bits)), (0, 0))).T)
+    raw = rows.astype(np.uint8) if w.bits == 8 else pack_codes(rows, w.bits)
+    return np.ascontiguousarray(raw.view(np.int32).T)
 
 
 def _zeros(w: QArray) -> np.ndarray:

@@ -66,11 +66,14 @@ def test_shards_read_their_own_rows(written):
 def by_hand(bits, symmetric):
     """A weight in float64, and its tensors, code by code as the format's words have it."""
     rng, per_word, half = np.random.default_rng(bits), 32 // bits, 2 ** (bits - 1)
-    codes = rng.integers(-half, half, (64, 64))
-    zeros = rng.integers(-half, half, (64, 2)) if not symmetric else np.zeros((64, 2), int)
-    scale = rng.uniform(0.01, 0.02, (64, 2)).astype(np.float16)
-    packed, packed_zeros = np.zeros((64, 64 // per_word), np.uint32), np.zeros((64 // per_word, 2), np.uint32)
-    for row in range(64):
+    codes = rng.integers(-half, half, (128, 64))
+    zeros = rng.integers(-half, half, (128, 2)) if not symmetric else np.zeros((128, 2), int)
+    scale = rng.uniform(0.01, 0.02, (128, 2)).astype(np.float16)
+    packed, packed_zeros = (
+        np.zeros((128, 64 // per_word), np.uint32),
+        np.zeros((128 // per_word, 2), np.uint32),
+    )
+    for row in range(128):
         for column in range(64):
             shift = bits * (column % per_word)
             packed[row, column // per_word] |= np.uint32(int(codes[row, column]) + half << shift)
@@ -78,7 +81,7 @@ def by_hand(bits, symmetric):
             shift = bits * (row % per_word)
             packed_zeros[row // per_word, group] |= np.uint32(int(zeros[row, group]) + half << shift)
     values = (codes - np.repeat(zeros, 32, 1)) * np.repeat(scale.astype(np.float64), 32, 1)
-    tensors = {"packed": packed.view(np.int32), "scale": scale, "shape": np.array([64, 64])}
+    tensors = {"packed": packed.view(np.int32), "scale": scale, "shape": np.array([128, 64])}
     return values, tensors if symmetric else tensors | {"zero_point": packed_zeros.view(np.int32)}
 
 
