@@ -10,13 +10,18 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 FOLDER = Path("jaxopt_llm/kernels/cpu")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni".split()
 ISA_FLAGS = {
-    "kernels_avx512.cc": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni".split(),
+    "kernels_amx.cc": [*AVX512, "-mamx-tile", "-mamx-int8"],
+    "kernels_avx512.cc": AVX512,
     "kernels_avx2.cc": "-mavx2 -mfma -mf16c".split(),
 }
+# Compilers that do not know the instructions leave them out: without its flags such a file has no kernels.
+OPTIONAL = {"kernels_amx.cc"}
 # contract=off: the compiler must not fuse a product with a sum in one copy of a loop and leave them apart in another
 FLAGS = "-std=c++17 -O3 -g0 -DNDEBUG -ffp-contract=off -fno-math-errno -fvisibility-inlines-hidden -pthread".split()
 FLAGS += [
@@ -33,15 +38,24 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         objects = []
         for source in ext.sources:
-            objects += self.compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                include_dirs=ext.include_dirs,
-                extra_postargs=FLAGS + ISA_FLAGS.get(Path(source).name, []),
-                depends=ext.depends,
-            )
+            flags = ISA_FLAGS.get(Path(source).name, [])
+            try:
+                objects += self.compile(ext, source, flags)
+            except CompileError:
+                if Path(source).name not in OPTIONAL:
+                    raise
+                objects += self.compile(ext, source, [])
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"], target_lang="c++"
+        )
+
+    def compile(self, ext: Extension, source: str, flags: list[str]) -> list[str]:
+        return self.compiler.compile(
+            [source],
+            output_dir=self.build_temp,
+            include_dirs=ext.include_dirs,
+            extra_postargs=FLAGS + flags,
+            depends=ext.depends,
         )
 
     def get_ext_filename(self, fullname: str) -> str:

@@ -3,6 +3,16 @@
 from jaxopt_llm.calibrate.method import LayerWeights, Method
 from jaxopt_llm.calibrate.statistics import INPUTS, Statistics, Wants, inputs
 from jaxopt_llm.calibrate.text import calibration_ids
-from jaxopt_llm.calibrate.walk import walk
+from jaxopt_llm.calibrate.walk import layer_weights, walk
 
-__all__ = ["INPUTS", "LayerWeights", "Method", "Statistics", "Wants", "calibration_ids", "inputs", "walk"]
+__all__ = [
+    "INPUTS",
+    "LayerWeights",
+    "Method",
+    "Statistics",
+    "Wants",
+    "calibration_ids",
+    "inputs",
+    "layer_weights",
+    "walk",
+]

@@ -100,6 +100,12 @@ class Statistics:
         return jnp.sqrt(self.sum_square)
 
     @property
+    def moments(self) -> Float[Array, "I I"]:
+        """`gram`, of a method that wanted it."""
+        assert self.gram is not None, "a method asks for what it reads"
+        return self.gram
+
+    @property
     def is_finite(self) -> bool:
         """Whether every number is one."""
         return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(self))

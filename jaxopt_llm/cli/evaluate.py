@@ -11,14 +11,39 @@ from absl import flags
 
 from jaxopt_llm import evaluate
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.evaluate_tasks import OPTIONS, TASKS, prepare_tasks, tell_tasks
-from jaxopt_llm.cli.flags import BOS, DTYPE, JSON, LOADING, MESH, MODEL, REFERENCE, TEXT, WINDOW, WINDOWS
+from jaxopt_llm.cli.evaluate_tasks import prepare_tasks, tell_tasks
+from jaxopt_llm.cli.flags import (
+    BOS,
+    DTYPE,
+    JSON,
+    LOADING,
+    MESH,
+    MODEL,
+    REFERENCE,
+    TEXT,
+    WINDOW,
+    WINDOWS,
+    FlagGroup,
+)
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import read_text, stages
 from jaxopt_llm.models import Transformer
 from jaxopt_llm.text import Tokenizer
 
 STRIDE = flags.DEFINE_integer("stride", None, "Tokens from a window to the next. Unset: no overlap.")
+TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness to run, such as arc_easy,piqa.")
+TASK_OPTIONS = FlagGroup(
+    (
+        flags.DEFINE_string("include_path", None, "Directory of one's own tasks, as YAML files."),
+        flags.DEFINE_integer(
+            "num_fewshot", None, "Examples before each document. Unset: the task's own number."
+        ),
+        flags.DEFINE_integer("limit", None, "Ask only the first so many documents of each task."),
+        flags.DEFINE_boolean(
+            "apply_chat_template", False, "Put the tasks' questions as a chat model is asked."
+        ),
+    )
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     if REFERENCE.value and TEXT.value is None:
         raise ValueError("--reference is compared with on a text; give --text too")
     evaluate.check_sizes(window=WINDOW.value, stride=STRIDE.value, windows=WINDOWS.value)
-    run_tasks = prepare_tasks(TASKS.value, OPTIONS.value)
+    run_tasks = prepare_tasks(TASKS.value, TASK_OPTIONS.value)
     text = None if TEXT.value is None else read_text(TEXT.value)
     model, tokenizer = load(MODEL.value, **LOADING.value)
     if tokenizer is None:

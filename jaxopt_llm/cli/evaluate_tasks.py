@@ -4,30 +4,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import FlagGroup
 from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.models import Transformer
 from jaxopt_llm.text import Tokenizer
 
 if TYPE_CHECKING:
     from jaxopt_llm.evaluate.tasks import TaskResult
-
-TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness to run, such as arc_easy,piqa.")
-OPTIONS = FlagGroup(
-    (
-        flags.DEFINE_string("include_path", None, "Directory of one's own tasks, as YAML files."),
-        flags.DEFINE_integer(
-            "num_fewshot", None, "Examples before each document. Unset: the task's own number."
-        ),
-        flags.DEFINE_integer("limit", None, "Ask only the first so many documents of each task."),
-        flags.DEFINE_boolean(
-            "apply_chat_template", False, "Put the tasks' questions as a chat model is asked."
-        ),
-    )
-)
 
 
 def prepare_tasks(

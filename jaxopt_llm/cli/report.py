@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> None:
     require_plots()
     out = out_path(OUT.value, marker=None)
     text = sample_text() if TEXT.value is None else read_text(TEXT.value)
+    for source in filter(None, [REFERENCE.value, *sources]):
+        checkpoints.resolve(source)  # a wrong name is told before the others have taken minutes
     rows = list(_rows(sources, text))
     html = page("Models side by side", rows, subtitle=_subtitle(sources))
     with atomic_file(out) as file:

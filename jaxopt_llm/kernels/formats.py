@@ -62,6 +62,13 @@ class Format:
         data = jax.ShapeDtypeStruct((*rows, features * self.bits // 8), dtype)
         return QArray(data, scale, scale if self.offset else None, bits=self.bits, act=self.act)
 
+    def span(self, groups: Float[AnyArray, "*G I"]) -> tuple[Float[AnyArray, "*G"], Float[AnyArray, "*G"]]:
+        """From where to where the codes of each group have to reach, for all of its values to be among them."""
+        if self.offset is not None:
+            return groups.min(-1), groups.max(-1)
+        high = abs(groups).max(-1)
+        return -high, high
+
     def grid(
         self, low: Float[AnyArray, "*G"], high: Float[AnyArray, "*G"]
     ) -> tuple[Float[AnyArray, "*G"], Float[AnyArray, "*G"] | None]:
@@ -120,12 +127,7 @@ class Format:
         if w.shape[-1] % group:
             raise ValueError(f"{group=} must divide the {w.shape[-1]} input features")
         groups = w.astype(jnp.float32).reshape(*w.shape[:-1], w.shape[-1] // group, group)
-        if self.offset is None:
-            high = abs(groups).max(-1)
-            low = -high
-        else:
-            low, high = groups.min(-1), groups.max(-1)
-        scale, bias = self.grid(low, high)
+        scale, bias = self.grid(*self.span(groups))
         codes = self.encode(groups, scale[..., None], None if bias is None else bias[..., None])
         return codes.reshape(w.shape), scale, bias
 

@@ -79,6 +79,11 @@ def test_mistakes(run_cli, tmp_path, arguments, message):
     assert message in done.stderr.splitlines()[-1]
 
 
+def test_a_wrong_name_is_told_before_anything_is_loaded(run_cli, sources, tmp_path):
+    done = run_cli("report", sources[0], "nowhere", f"--out={tmp_path / 'page.html'}")
+    assert done.stderr.startswith("jaxopt-llm: error: nowhere: no such model")
+
+
 def test_a_model_without_tokenizer(run_cli, tmp_path):
     families.write("llama", tmp_path / "bare")
     done = run_cli("report", tmp_path / "bare", f"--out={tmp_path / 'page.html'}", *SMALL)

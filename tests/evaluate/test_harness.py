@@ -27,7 +27,7 @@ def stories(data_dir):
 @pytest.fixture(scope="module")
 def lm(stories):
     return harness.EngineLM(
-        Engine(*stories, EngineConfig(max_slots=2, max_seq_len=CONTEXT, max_tokens_per_step=64))
+        Engine(*stories, EngineConfig(max_slots=1, max_seq_len=CONTEXT, max_tokens_per_step=64))
     )
 
 

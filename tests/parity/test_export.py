@@ -11,11 +11,14 @@ from flax import nnx
 
 import jaxopt_llm as jo
 from jaxopt_llm import checkpoints
+from jaxopt_llm.prune import cut
 from tests import families
+from tests.cuts import kept_of
 
 pytestmark = pytest.mark.parity
 
 ROOT = Path(__file__).parents[2]
+PRUNED = ["llama_bias", "qwen2", "qwen3", "mixtral", "gemma2", "gemma3_text", "olmo2"]
 TEXTS = ["Once upon a time", "  Zoë's 🦊\n\nsaid:\t'hi'", "", "<s> ends here</s>"]
 
 # Loads each directory's model, and its tokenizer where there is one, without any code of ours but the oracle's.
@@ -38,11 +41,14 @@ assert "jaxopt_llm" not in sys.modules
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, data_dir):
-    """A directory for each family, and `stories` with its tokenizer and `int8`; transformers' answers in each."""
+    """A directory for each family and some `pruned`, `stories` with its tokenizer, `int8`; transformers' answers."""
     folder, models = tmp_path_factory.mktemp("exported"), {}
     for name in families.TINY:
         families.write(name, folder / f"{name} source")
         models[name] = jo.load(folder / f"{name} source", dtype="float32")
+    for name in PRUNED:
+        model, _ = models[name]
+        models[f"{name} pruned"] = (cut(model, kept_of(model.config)), None)
     models["stories"] = jo.load(data_dir / "stories260K.gguf", dtype="float32")
     models["int8"] = (jo.quantize(models["llama"][0], "int8"), None)
     rng = np.random.default_rng(2)
@@ -56,7 +62,7 @@ def exported(tmp_path_factory, data_dir):
     return folder, models
 
 
-@pytest.mark.parametrize("name", [*families.TINY, "stories", "int8"])
+@pytest.mark.parametrize("name", [*families.TINY, *(f"{name} pruned" for name in PRUNED), "stories", "int8"])
 def test_logits(exported, name):
     folder, models = exported
     forward = nnx.jit(lambda model, tokens: model(tokens))

@@ -14,6 +14,7 @@ from jaxopt_llm.models import from_params, num_params, weights
 from jaxopt_llm.models.layers import Norm
 from jaxopt_llm.prune import Kept, cut
 from tests import exportable
+from tests.cuts import kept_of
 
 TOKENS = np.arange(48).reshape(2, 24) * 7 % 90
 
@@ -21,29 +22,6 @@ TOKENS = np.arange(48).reshape(2, 24) * 7 % 90
 @functools.cache
 def model(name):
     return exportable.model(name)
-
-
-def some(rng, size, count):
-    return sorted(rng.choice(size, count, replace=False).tolist())
-
-
-def kept_of(config, seed=0):
-    """A random choice that cuts every axis: one layer, a third of the width, a head of each group, channels."""
-    rng = np.random.default_rng(seed)
-    group = config.num_heads // config.num_kv_heads
-    layers = some(rng, config.num_layers, config.num_layers - 1)
-    if group > 1:
-        heads = lambda: [
-            k * group + h for k in range(config.num_kv_heads) for h in some(rng, group, group - 1)
-        ]
-    else:  # whole key/value groups
-        heads = lambda: some(rng, config.num_heads, config.num_heads - 1)
-    return Kept(
-        layers=layers,
-        embed=some(rng, config.d_model, config.d_model * 2 // 3),
-        heads=[heads() for _ in layers],
-        mlp=None if config.experts else [some(rng, config.d_ff, config.d_ff // 2) for _ in layers],
-    )
 
 
 def masked(whole, kept):

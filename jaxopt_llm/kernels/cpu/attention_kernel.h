@@ -2,8 +2,7 @@
 #pragma once
 
 #include "attention.h"
-#include "linear_kernel.h"
-#include "store_floats.h"
+#include "floats.h"
 
 namespace {
 

@@ -10,20 +10,22 @@ namespace {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
+constexpr int kCount = 4;
+
 const Kernels* supported(int index) {
 #if defined(__x86_64__)
-  if (index == 0) {
+  if (index < 2) {
     const bool runs = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return runs ? avx512_kernels() : nullptr;
+    return !runs ? nullptr : index == 0 ? amx_kernels() : avx512_kernels();
   }
-  if (index == 1) {
+  if (index == 2) {
     const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
     return runs ? avx2_kernels() : nullptr;
   }
 #endif
-  return index == 2 ? portable_kernels() : nullptr;
+  return index == 3 ? portable_kernels() : nullptr;
 }
 
 }  // namespace
@@ -42,7 +44,7 @@ extern "C" {
 
 // The name of the index-th instruction set that this machine can run, fastest first; null beyond the last.
 const char* jaxopt_isa(int index) {
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < jaxopt::kCount; ++i) {
     const jaxopt::Kernels* kernels = jaxopt::supported(i);
     if (kernels != nullptr && index-- == 0) return kernels->name;
   }
@@ -52,7 +54,7 @@ const char* jaxopt_isa(int index) {
 const char* jaxopt_current_isa() { return jaxopt::kernels().name; }
 
 void jaxopt_use_isa(const char* name) {
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < jaxopt::kCount; ++i) {
     const jaxopt::Kernels* kernels = jaxopt::supported(i);
     if (kernels != nullptr && std::strcmp(kernels->name, name) == 0) jaxopt::chosen.store(kernels);
   }

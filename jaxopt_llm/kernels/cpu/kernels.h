@@ -15,6 +15,7 @@ struct Kernels {
 };
 
 // Null where this machine cannot run it, or it was not built.
+const Kernels* amx_kernels();  // where those for AVX-512 run
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();

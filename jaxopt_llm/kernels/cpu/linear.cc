@@ -28,10 +28,10 @@ Tiles make_tiles(const LinearArgs& args) {
   const size_t blocks = args.rows * args.blocks(), words = (2 + kDigitsOfFloat) * blocks;
   char* memory = scratch.reserve(words * sizeof(float) + args.rows * args.inputs * args.x_bytes);
   Tiles tiles;
-  tiles.scale = reinterpret_cast<float*>(memory);
+  tiles.x = memory;  // first, for its rows to share few cache lines
+  tiles.scale = reinterpret_cast<float*>(memory + args.rows * args.inputs * args.x_bytes);
   tiles.sum = tiles.scale + blocks;
   tiles.start = reinterpret_cast<int32_t*>(tiles.sum + blocks);
-  tiles.x = memory + words * sizeof(float);
   return tiles;
 }
 
@@ -93,15 +93,15 @@ void prepare(const LinearKernels& kernels, const LinearArgs& all, std::vector<Pa
   size_t count = 0;
   for (Part& part : parts) {
     part.stripes_before = count;
-    count += ceil_div(part.args.rows, kernels.stripe);
+    count += ceil_div(part.args.rows, all.stripe);
   }
   share(parts, &Part::stripes_before, count, all.rows * all.inputs <= kRoundAlone,
         [&](const Part& part, size_t stripe) { kernels.prepare(part.args, part.tiles, stripe); });
 }
 
 // Few rows wait for their weights, and each chunk begins with none of them on the way.
-size_t chunk_bytes(const LinearKernels& kernels, const LinearArgs& args) {
-  if (args.rows > kernels.stripe) return kChunkBytes;
+size_t chunk_bytes(const LinearArgs& args) {
+  if (args.rows > args.stripe) return kChunkBytes;
   const size_t fair = args.panels * kLanes * args.inputs * args.bits / 8 / (kChunksOfThread * num_threads());
   return std::clamp(fair, kChunkBytes, kStretchBytes);
 }
@@ -110,9 +110,9 @@ size_t chunk_bytes(const LinearKernels& kernels, const LinearArgs& args) {
 void multiply(const LinearKernels& kernels, const LinearArgs& all, std::vector<Part>& parts) {
   const size_t groups = all.panels / all.panels_per_group();
   const size_t tile_bytes = kMostPanels * kLanes * all.inputs * all.bits / 8;
-  const size_t width = (chunk_bytes(kernels, all) / tile_bytes + 1) * kMostPanels / all.panels_per_group();
-  const size_t height = kChunkInputs / (kernels.stripe * all.inputs * all.x_bytes) + 1;
-  const auto stripes = [&](const Part& part) { return ceil_div(part.args.rows, kernels.stripe); };
+  const size_t width = (chunk_bytes(all) / tile_bytes + 1) * kMostPanels / all.panels_per_group();
+  const size_t height = kChunkInputs / (all.stripe * all.inputs * all.x_bytes) + 1;
+  const auto stripes = [&](const Part& part) { return ceil_div(part.args.rows, all.stripe); };
   const auto down = [&](const Part& part) { return ceil_div(stripes(part), height); };
   size_t count = 0;
   for (Part& part : parts) {
@@ -123,7 +123,7 @@ void multiply(const LinearKernels& kernels, const LinearArgs& all, std::vector<P
   share(parts, &Part::chunks_before, count, alone, [&](const Part& part, size_t chunk) {
     const size_t group = chunk / down(part) * width, stripe = chunk % down(part) * height;
     thread_local Scratch scratch;
-    char* unpacked = all.bits == 8 ? nullptr : scratch.reserve(kMostPanels * kLanes * all.inputs);
+    char* unpacked = scratch.reserve(kMostPanels * kLanes * all.inputs);
     kernels.multiply(part.args, part.tiles, group, std::min(group + width, groups), stripe,
                      std::min(stripe + height, stripes(part)), reinterpret_cast<uint8_t*>(unpacked));
   });
@@ -164,6 +164,7 @@ ffi::Error linear(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes, ffi::AnyB
   args.bits = bits;
   args.round = round;
   args.x_bytes = round ? 1 : kernels.float_bytes;
+  args.stripe = kernels.stripe(args);
   args.bias = optional(bias);
   args.gate = static_cast<Gate>(gate);
   args.y = y->typed_data();

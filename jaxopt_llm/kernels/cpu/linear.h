@@ -21,6 +21,7 @@ constexpr size_t kLanes = 16;      // outputs of a panel
 constexpr size_t kRounded = 32;  // inputs that share one scale of rounded activations
 constexpr size_t kMostPanels = 2;  // that are multiplied together
 constexpr size_t kLongestRun = 512;  // inputs whose digits share a scale
+constexpr size_t kMostRows = 16;   // of a tile
 
 enum class FloatType { kF32, kF16, kBF16 };
 enum class Gate { kNone, kSilu, kGelu, kGeluTanh };
@@ -33,7 +34,8 @@ struct Floats {
 struct LinearArgs {
   const float* x;  // [rows, inputs]
   size_t rows, inputs;
-  size_t block;  // inputs: `kRounded` or half of it
+  size_t block;   // inputs: `kRounded` or half of it
+  size_t stripe;  // rows that are handed out together
 
   const float* gain;  // [inputs] of an RMS norm, or null
   float eps;
@@ -64,6 +66,7 @@ struct LinearArgs {
 };
 
 constexpr size_t kDigitsOfFloat = 3;
+constexpr float kBase = 254;  // of digits within 127 on either side
 
 // Activations ready for the product, tile after tile; a tile starts at its first row's place. A run is the blocks whose
 // products are summed before a scale takes part: one block, or with digits up to 512 inputs under one scale of the weights.
@@ -75,11 +78,10 @@ struct Tiles {
 };
 
 // The part that is compiled for each instruction set. Rows are handed out in stripes of so many (the last may have
-// fewer), weights in groups of panels that give 16 results. `unpacked` has room for the bytes of `kMostPanels` panels;
-// null where weights are bytes.
+// fewer), weights in groups of panels that give 16 results. `unpacked` has room for the bytes of `kMostPanels` panels.
 struct LinearKernels {
-  size_t stripe;
-  size_t float_bytes;  // `x_bytes` where activations are not rounded
+  size_t (*stripe)(const LinearArgs&);  // `args.stripe`
+  size_t float_bytes;                   // `x_bytes` where activations are not rounded
   void (*prepare)(const LinearArgs&, const Tiles&, size_t stripe);
   void (*multiply)(const LinearArgs&, const Tiles&, size_t first_group, size_t last_group, size_t first_stripe,
                    size_t last_stripe, uint8_t* unpacked);

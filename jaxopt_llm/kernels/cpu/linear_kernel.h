@@ -1,37 +1,26 @@
 // The product itself, over any simd_*.h. See linear.h for the layouts.
 #pragma once
 
-#include "linear.h"
+#include "floats.h"
+#include "linear_results.h"
 
 namespace {
 
-using jaxopt::Floats;
-using jaxopt::FloatType;
-using jaxopt::Gate;
+using jaxopt::kBase;
 using jaxopt::kDigitsOfFloat;
-using jaxopt::kLanes;
 using jaxopt::kMostPanels;
 using jaxopt::kRounded;
-using jaxopt::LinearArgs;
 using jaxopt::Tiles;
 
-constexpr size_t kStripe = simd::kTileRows[0];
 constexpr size_t kAhead = 8192;  // bytes of weights that are fetched before they are read
 constexpr size_t kTall = 4;      // stripes that take longer than reading their weights from memory
 constexpr float kSmallest = 1.17549435e-38f;
 
-JAXOPT_INLINE F32 load_floats(Floats from, size_t vector) {
-  const size_t at = vector * kLanes;
-  switch (from.type) {
-    case FloatType::kF16: return simd::load_f16(static_cast<const uint16_t*>(from.data) + at);
-    case FloatType::kBF16: return simd::load_bf16(static_cast<const uint16_t*>(from.data) + at);
-    default: return simd::load(static_cast<const float*>(from.data) + at);
-  }
-}
-
 // ---- tiles of rows --------------------------------------------------------------------------------------------------
 
-inline size_t tile_height(size_t rows) {
+// A tile as high as a stripe may be one for `linear_matrices.h`.
+inline size_t tile_height(const LinearArgs& args, size_t rows) {
+  if (rows >= args.stripe) return args.stripe;
   for (size_t height : simd::kTileRows) {
     if (height <= rows) return height;
   }
@@ -43,9 +32,9 @@ inline bool is_tall(size_t first_stripe, size_t last_stripe) { return last_strip
 // Calls `use(first row, height)` for each tile of a stripe.
 template <class Use>
 inline void for_each_tile(const LinearArgs& args, size_t stripe, Use use) {
-  const size_t stop = (stripe + 1) * kStripe, end = stop < args.rows ? stop : args.rows;
-  for (size_t row = stripe * kStripe; row < end;) {
-    const size_t height = tile_height(end - row);
+  const size_t stop = (stripe + 1) * args.stripe, end = stop < args.rows ? stop : args.rows;
+  for (size_t row = stripe * args.stripe; row < end;) {
+    const size_t height = tile_height(args, end - row);
     use(row, height);
     row += height;
   }
@@ -161,9 +150,8 @@ void prepare_plain(const LinearArgs& args, size_t row, TileRow<kBlock> to) {
   }
 }
 
-// A run as fixed-point numbers of three digits, which keep as much of its largest value as a float does. A digit of base
-// 254 is within 127 on either side.
-constexpr float kBase = 254, kMostDigits = 127 * kBase * kBase;
+// A run as fixed-point numbers of three digits, which keep as much of its largest value as a float does.
+constexpr float kMostDigits = 127 * kBase * kBase;
 
 template <bool kNorm, size_t kBlock>
 JAXOPT_INLINE void round_run(const InputRow<kNorm>& from, const TileRow<kBlock>& to, size_t run, size_t first,
@@ -296,9 +284,6 @@ struct Weights {
     for (const uint8_t*& block : codes) block += Form::kBlockBytes;
   }
 };
-
-// What a tile gives for a panel: 16 outputs of each row.
-using Sums = float[kStripe][kLanes];
 
 template <size_t kPanels, size_t kRows>
 JAXOPT_INLINE void add_minimum(const F32 (&minimum)[kPanels], const float* x_sum, F32 (&total)[kPanels][kRows]) {
@@ -516,36 +501,6 @@ TileFunction tile_function(const LinearArgs& args, size_t panels, size_t height)
   return panels == 1 ? tile_function<Form, 1>(args, height) : tile_function<Form, simd::kTilePanels>(args, height);
 }
 
-// ---- results --------------------------------------------------------------------------------------------------------
-
-inline F32 activation(Gate gate, F32 x) {
-  switch (gate) {
-    case Gate::kSilu: return silu(x);
-    case Gate::kGelu: return gelu(x);
-    case Gate::kGeluTanh: return gelu_tanh(x);
-    default: return x;
-  }
-}
-
-inline F32 with_bias(const LinearArgs& args, size_t panel, const float* sums) {
-  const F32 sum = simd::load(sums);
-  return args.bias == nullptr ? sum : simd::add(sum, simd::load(args.bias + panel * kLanes));
-}
-
-// Sixteen outputs of one row, from the sums of one panel or of a gate and its up panel.
-inline void finish(const LinearArgs& args, size_t group, size_t row, const float* first, const float* second) {
-  F32 result = with_bias(args, group * args.panels_per_group(), first);
-  if (args.gate != Gate::kNone) {
-    result = simd::mul(activation(args.gate, result), with_bias(args, 2 * group + 1, second));
-  }
-  float* y = args.y + row * args.outputs + group * kLanes;
-  const size_t left = args.outputs - group * kLanes;
-  if (left >= kLanes) return simd::store(y, result);
-  float lanes[kLanes];
-  simd::store(lanes, result);
-  std::memcpy(y, lanes, left * sizeof(float));
-}
-
 // A few groups with a chunk's rows. Few rows wait for memory, and read it as it lies, a panel after another.
 template <class Form>
 void multiply_groups(const LinearArgs& args, const Tiles& tiles, const uint8_t* codes, size_t first_group,
@@ -560,10 +515,7 @@ void multiply_groups(const LinearArgs& args, const Tiles& tiles, const uint8_t* 
       for (size_t p = 0; p < panels; p += wide) {
         tile(args, tiles, codes + p * args.blocks() * Form::kBlockBytes, first + p, base, sums + p);
       }
-      for (size_t g = 0; g < groups; ++g) {
-        const Sums* own = sums + g * per_group;
-        for (size_t r = 0; r < height; ++r) finish(args, first_group + g, base + r, own[0][r], own[per_group - 1][r]);
-      }
+      finish_tile(args, first_group, groups, base, height, sums);
     });
   }
 }
@@ -592,6 +544,10 @@ void multiply(const LinearArgs& args, const Tiles& tiles, size_t first_group, si
   multiply(args, tiles, first_group, last_group, first_stripe, last_stripe, unpacked);
 }
 
-inline jaxopt::LinearKernels linear_kernels() { return {kStripe, simd::kDigits ? kDigitsOfFloat : sizeof(float), prepare, multiply}; }
+size_t stripe(const LinearArgs&) { return simd::kTileRows[0]; }
+
+inline jaxopt::LinearKernels linear_kernels() {
+  return {stripe, simd::kDigits ? kDigitsOfFloat : sizeof(float), prepare, multiply};
+}
 
 }  // namespace

@@ -1,9 +1,8 @@
 // Root-mean-square norm, over any simd_*.h. A row is summed in the same order whatever rows stand beside it.
 #pragma once
 
-#include "linear_kernel.h"
+#include "floats.h"
 #include "norm.h"
-#include "store_floats.h"
 
 namespace {
 

@@ -103,6 +103,7 @@ def test_a_single_block(isa):
         "int8",
         "int4",
         "int8_minimum",
+        "int4_float",
         "int4_symmetric_float",
         "int8_16",
         "int8_16_float",

@@ -1,0 +1,135 @@
+"""What every way to round a model costs it, on weights that lie on no grid: WikiText-2's test split.
+
+    python -m benchmarks.compression [--schemes=int8,int4_rtn,int4_gptq] [--windows=10]
+
+The default model, made over by `benchmarks.off_grid`; windows of 1,024 tokens from `$JAXOPT_DATA`, float32, without
+overlap. The methods that look at a text see 16 x 512 tokens of the train split; embedding and head are int8, one scale
+a row. Writes benchmarks/results/compression.json; the exit code is 1 where a figure is beyond its bound.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+import jaxopt_llm as jo
+from benchmarks.off_grid import off_grid
+from benchmarks.record import data_folder, record
+from jaxopt_llm import evaluate
+from jaxopt_llm.calibrate import Method, calibration_ids
+from jaxopt_llm.models import Transformer, num_bytes, num_params
+from jaxopt_llm.quantize import AWQ, GPTQ, SmoothQuant, layerwise, mixed, quantize
+
+Scheme = Callable[[Transformer, np.ndarray], Transformer]
+
+
+def nearest(format: str) -> Scheme:
+    return lambda model, ids: quantize(model, format, rules=[("^(embed|head)", "int8")])
+
+
+def by(*methods: Method) -> Scheme:
+    return lambda model, ids: layerwise(model, ids, methods)
+
+
+SCHEMES: dict[str, Scheme] = {
+    "int8": nearest("int8"),
+    "int8_g32": nearest("int8_g32"),
+    "w8a8": nearest("w8a8"),
+    "smoothquant": by(SmoothQuant()),
+    "int4_rtn": nearest("int4_g64_zero"),
+    "int4_awq": by(AWQ(format="int4_g64_zero")),
+    "int4_gptq": by(GPTQ(format="int4_g64_zero")),
+    "int4_awq_gptq": by(AWQ(format="int4_g64_zero", round=False), GPTQ(format="int4_g64_zero")),
+    "int4_g32_min_rtn": nearest("int4_g32_min"),
+    "int4_g32_min_awq": by(AWQ(format="int4_g32_min")),
+    "int4_g32_min_gptq": by(GPTQ(format="int4_g32_min")),
+    "mixed5": lambda model, ids: mixed(model, ids, target_bits=5.0),
+    "int3_rtn": nearest("int3_g64_zero"),
+    "int3_awq_gptq": by(AWQ(format="int3_g64_zero", round=False), GPTQ(format="int3_g64_zero")),
+}
+_SCHEMES = flags.DEFINE_list("schemes", list(SCHEMES), "Which to measure.")
+_WINDOWS = flags.DEFINE_integer("windows", 10, "Windows to score.", lower_bound=2)
+_REFERENCE = {"int8": 0.0073, "w8a8": 0.075, "int4_rtn": 0.642}  # the same methods in torch, ten windows
+_AT_MOST = (  # a scheme's KL divergence as a share of another's
+    ("smoothquant", 0.25, "w8a8"),
+    ("int4_awq", 0.55, "int4_rtn"),
+    ("int4_gptq", 0.60, "int4_rtn"),
+    ("int4_awq_gptq", 0.45, "int4_rtn"),
+    ("int8", 1.0, "int4_awq"),
+    ("int8", 1.0, "int4_gptq"),
+    ("int4_rtn", 1.0, "int3_rtn"),
+    ("mixed5", 1.0, "int4_g32_min_rtn"),
+    ("mixed5", 1.0, "int4_g32_min_awq"),
+    ("mixed5", 1.0, "int4_g32_min_gptq"),
+)
+_INT8_G32 = 0.0033
+
+
+def measure(names: Sequence[str]) -> dict[str, Any]:
+    """Every scheme against the floats."""
+    loaded, tokenizer = jo.load("smollm2-135m-instruct", dtype="float32")
+    assert tokenizer
+    folder = data_folder() / "wikitext"
+    text = (folder / "wiki.test.raw").read_text(encoding="utf-8")[: _WINDOWS.value * 10_000]
+    ids = tokenizer.encode(text, add_special=False)
+    model = off_grid(loaded)
+    train = (folder / "wiki.train.first1mb.noblank.raw").read_text(encoding="utf-8")
+    seen = calibration_ids(model, tokenizer, train, sequences=16, length=512)
+    sample = jnp.asarray(ids[:256])[None]
+    moved = float(jnp.abs(loaded(sample) - model(sample)).max())
+    schemes: dict[str, Any] = {}
+    for name in names:
+        start = time.perf_counter()
+        small = SCHEMES[name](model, seen)
+        seconds = time.perf_counter() - start
+        found = evaluate.compare(small, model, ids, windows=_WINDOWS.value)
+        schemes[name] = figures(small, found) | {"seconds": round(seconds)}
+        print(name, schemes[name], file=sys.stderr, flush=True)
+    return {"off_grid_logits_moved": moved, "windows": _WINDOWS.value, "schemes": schemes}
+
+
+def figures(small: Transformer, found: evaluate.Comparison) -> dict[str, Any]:
+    return {
+        "bits_per_parameter": 8 * num_bytes(small) / num_params(small),
+        "float_perplexity": found.reference.perplexity,
+        "perplexity": found.perplexity.perplexity,
+        "kld_mean": found.kld_mean,
+        "kld_stderr": found.kld_stderr,
+        "same_top_p": found.same_top_p,
+    }
+
+
+def violations(schemes: Mapping[str, Any]) -> list[str]:
+    kld = {name: found["kld_mean"] for name, found in schemes.items()}
+    broken = [
+        f"{name}: KL divergence {kld[name]:.4g}, at most {share} times {other}'s {kld[other]:.4g}"
+        for name, share, other in _AT_MOST
+        if name in kld and other in kld and kld[name] > share * kld[other]
+    ]
+    broken += [
+        f"{name}: KL divergence {kld[name]:.4g} where torch finds {reference}"
+        for name, reference in _REFERENCE.items()
+        if name in kld and abs(kld[name] / reference - 1) > 0.05
+    ]
+    if kld.get("int8_g32", 0) > _INT8_G32:
+        broken.append(f"int8_g32: KL divergence {kld['int8_g32']:.4g}, at most {_INT8_G32}")
+    return broken
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    results = measure(_SCHEMES.value)
+    broken = violations(results["schemes"])
+    if results["off_grid_logits_moved"] > 1e-4:
+        broken.append(f"off the grid, logits moved by {results['off_grid_logits_moved']:.2g}, at most 1e-4")
+    record(Path(__file__).stem, results | {"beyond_bounds": broken})
+    sys.exit(bool(broken))
+
+
+if __name__ == "__main__":
+    app.run(main)
