@@ -53,7 +53,7 @@ def stories(data_dir):
     return data_dir / "stories260K.gguf"
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "int8_block"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int8_block", "int3_g32_zero"])
 def test_each_device_holds_its_part_of_the_whole(wide, quantize):
     whole, _ = jo.load(wide, quantize=quantize)
     placed, _ = jo.load(wide, quantize=quantize, mesh="data=2,tensor=4")
@@ -89,7 +89,7 @@ def test_sharded_gguf(stories, wide, tmp_path, options):
         assert_same(jo.load(path, mesh="tensor=4", **options)[0], jo.load(path, **options)[0])
 
 
-@pytest.mark.parametrize("quantize", [None, "int8_block"])
+@pytest.mark.parametrize("quantize", [None, "int8_block", "int3_g32_zero"])
 def test_a_sharded_model_gives_the_same_logits(wide, quantize):
     forward = nnx.jit(lambda model, tokens: model(tokens))
     tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, WIDE["vocab_size"])
