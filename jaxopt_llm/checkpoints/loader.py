@@ -49,7 +49,8 @@ def load(
       dtype: of parameters and activations. None is bfloat16 where the chip has it (float16 on a T4), float32
         on a CPU. "native" keeps the codes of GGUF's Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 without loss and those of
         Q4_K, Q5_K and Q6_K with scales multiplied out (5 and 6 bits take a byte); on a CPU activations are then
-        rounded in groups of 32, as llama.cpp does.
+        rounded in groups of 32, as llama.cpp does. It also keeps what compressed-tensors packed, and rounds activations
+        where that says so; otherwise the model gets the floats that codes stand for.
       quantize: a rounding to nearest that each tensor goes through while it is read: a format that `jo.quantize` has.
       mesh: `"tensor=4"`, a `MeshSpec` or a `jax.sharding.Mesh` of its axes, to place parameters shard by shard.
         `tensor` and `expert` split the model. `data` leaves it whole on each of its devices, for a program of
