@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from benchmarks.off_grid import off_grid
 
 import jaxopt_llm as jo
+from benchmarks.off_grid import off_grid
 from benchmarks.record import data_folder, record
 from jaxopt_llm import evaluate, prune
 from jaxopt_llm.calibrate import calibration_ids
