@@ -89,6 +89,18 @@ def test_blocks_of_a_gguf_file_go_through_unchanged(convert, qwen, tmp_path):
         np.testing.assert_array_equal(one, two)
 
 
+def test_codes_for_others(convert, qwen, tmp_path):
+    """Layers as vLLM reads them; what `--dtype=native` reads of them is what was rounded."""
+    out = tmp_path / "out"
+    assert (
+        convert(qwen, out, "--format=compressed-tensors", "--quantize=int8")["format"] == "compressed-tensors"
+    )
+    written, rounded = weights(jo.load(out, dtype="native")[0]), weights(jo.load(qwen, quantize="int8")[0])
+    for name, value in rounded.items():
+        if name.startswith("layers."):
+            jax.tree.map(np.testing.assert_array_equal, written[name], value)
+
+
 def test_a_warning_is_one_line(run_cli, tmp_path):
     families.write("gemma3", tmp_path / "in")
     arguments = (f"--model={tmp_path / 'in'}", f"--out={tmp_path / 'out'}", "--format=hf")
@@ -103,7 +115,7 @@ def test_a_warning_is_one_line(run_cli, tmp_path):
     ("options", "message"),
     [
         (["--format=orbax", "--gguf_type=Q8_0"], "--gguf_type=Q8_0 is for --format=gguf, not orbax; drop it"),
-        (["--format=onnx"], "flag --format=onnx: value should be one of <orbax|hf|gguf>"),
+        (["--format=onnx"], "flag --format=onnx: value should be one of <orbax|hf|compressed-tensors|gguf>"),
         (["--format=gguf", "--gguf_type=Q4_0"], "--gguf_type=Q4_0: value should be one of"),
         ([], "convert needs --format"),
         (["--format=gguf"], "out must end in .gguf, or no command finds a model in it; try"),
