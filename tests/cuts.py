@@ -20,9 +20,11 @@ def kept_of(config, seed=0):
         ]
     else:  # whole key/value groups
         heads = lambda: some(rng, config.num_heads, config.num_heads - 1)
+    rows = [heads() for _ in layers]
+    width = config.d_model * 2 // 3
     return Kept(
         layers=layers,
-        embed=some(rng, config.d_model, config.d_model * 2 // 3),
-        heads=[heads() for _ in layers],
+        embed=some(rng, config.d_model, width - width % len(rows[0])),  # transformers 5 wants Gemma 3's so
+        heads=rows,
         mlp=None if config.experts else [some(rng, config.d_ff, config.d_ff // 2) for _ in layers],
     )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_MOST_DAMPING = 1.0
+MOST_DAMPING = 1.0
 
 
 def inverse_factor(gram: Float[Array, "I I"], damping: float = 0.01) -> Float[Array, "I I"]:
@@ -20,17 +20,17 @@ def inverse_factor(gram: Float[Array, "I I"], damping: float = 0.01) -> Float[Ar
     Raises:
       ValueError: if there is none even then: the second moments are no numbers; or for another damping.
     """
-    if not 0 < damping <= _MOST_DAMPING:
-        raise ValueError(f"{damping=} must be above 0 and at most {_MOST_DAMPING}")
+    if not 0 < damping <= MOST_DAMPING:
+        raise ValueError(f"{damping=} must be above 0 and at most {MOST_DAMPING}")
     while True:
         factor = _factor(gram, damping)
         if bool(jnp.isfinite(factor).all()):
             return factor
-        if damping == _MOST_DAMPING:
+        if damping == MOST_DAMPING:
             raise ValueError(
                 f"second moments cannot be factorised even with {damping=}: they hold no numbers"
             )
-        damping = min(10 * damping, _MOST_DAMPING)
+        damping = min(10 * damping, MOST_DAMPING)
 
 
 @jax.jit

@@ -1,10 +1,13 @@
 """Make a model smaller by a recipe, measure it before and after, save it: the main job.
 
-Without --text it is measured on three Wikipedia articles that ship with the package.
+Without --text it is measured on three Wikipedia articles that ship with the package. Steps that need a text see that of
+--calibration; without, what the model itself says.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+
+from absl import flags
 
 from jaxopt_llm import checkpoints, configs
 from jaxopt_llm.checkpoints.orbax import MARKER
@@ -14,6 +17,12 @@ from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import read_text, stages
 from jaxopt_llm.cli.writing import out_path
 from jaxopt_llm.optimize import Outcome, Recipe, optimize
+
+CALIBRATION = flags.DEFINE_string(
+    "calibration", None, "UTF-8 file that the steps may see; not the one to measure on."
+)
+
+SPARSE = 0.05  # share of zeros that is no accident
 
 ROWS = {
     "parameters": "parameters",
@@ -33,10 +42,20 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--config={CONFIG.value} is a {type(recipe).__name__}; optimize takes a Recipe")
     out = out_path(OUT.value, marker=MARKER)
     text = None if TEXT.value is None else read_text(TEXT.value)
+    calibration = None if CALIBRATION.value is None else read_text(CALIBRATION.value)
     source = checkpoints.resolve(MODEL.value)
     model, tokenizer = load(MODEL.value, dtype=DTYPE.value, mesh=MESH.value, adapter=ADAPTER.value)
     with stages("steps") as report:
-        outcome = optimize(model, tokenizer, recipe, text=text, source=source, out=out, progress=report)
+        outcome = optimize(
+            model,
+            tokenizer,
+            recipe,
+            text=text,
+            calibration=calibration,
+            source=source,
+            out=out,
+            progress=report,
+        )
     if JSON.value:
         values = {"before": outcome.before, "after": outcome.after, "sample": outcome.sample, "out": out}
         show.json_line(values)
@@ -55,5 +74,10 @@ def tell(outcome: Outcome, question: str, out: Path) -> None:
         print(
             f"The result, {new:.1f} MB, is larger than the file it came from, {old:.1f} MB, "
             f"which stores {bits:.1f} bits a parameter."
+        )
+    if after.zeros > SPARSE:
+        print(
+            f"{after.zeros:.0%} of the parameters are zeros. They are stored and multiplied like any other: without a "
+            "kernel for sparse weights they save neither bytes nor time."
         )
     print(f"\n> {question}\n{outcome.sample.strip()}\n\nsaved to {out}")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxopt_llm.kernels import QArray, Weight
 from jaxopt_llm.models.config import ModelConfig
-from jaxopt_llm.models.layers import flat_params
+from jaxopt_llm.models.layers import flat_params, weights
 from jaxopt_llm.models.transformer import Transformer
 from jaxopt_llm.sharding import Sharding
 
@@ -156,6 +156,12 @@ def _put(leaf: Any, where: NamedSharding) -> Any:
 def num_params(model: Transformer) -> int:
     """Numbers that the model holds: codes count, their scales do not."""
     return sum(int(np.prod(spec.shape)) for spec in specs(model).values())
+
+
+def num_zeros(model: Transformer) -> int:
+    """Float parameters that are zero; codes are not looked at."""
+    floats = (value for value in weights(model).values() if not isinstance(value, QArray))
+    return sum(value.size - int(jnp.count_nonzero(value)) for value in floats)
 
 
 def num_bytes(model: Transformer) -> int:

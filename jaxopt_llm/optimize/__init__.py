@@ -1,6 +1,21 @@
 """Floor 7: the main job. A model through a recipe, and what that cost."""
 
+from jaxopt_llm.optimize.context import Calibration, Context
 from jaxopt_llm.optimize.job import Outcome, Report, optimize, sample_text
+from jaxopt_llm.optimize.pruning import Prune, Sparsify
 from jaxopt_llm.optimize.recipe import Measure, Quantize, Recipe, Step
 
-__all__ = ["Measure", "Outcome", "Quantize", "Recipe", "Report", "Step", "optimize", "sample_text"]
+__all__ = [
+    "Calibration",
+    "Context",
+    "Measure",
+    "Outcome",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "Report",
+    "Sparsify",
+    "Step",
+    "optimize",
+    "sample_text",
+]

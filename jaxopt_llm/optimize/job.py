@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxopt_llm import checkpoints, evaluate
+from jaxopt_llm.calibrate import calibration_ids
 from jaxopt_llm.engine import Prompt, generate
 from jaxopt_llm.evaluate import Speed
-from jaxopt_llm.models import Transformer, num_bytes, num_params
+from jaxopt_llm.models import Transformer, num_bytes, num_params, num_zeros
+from jaxopt_llm.optimize.context import Context
 from jaxopt_llm.optimize.recipe import Measure, Recipe
 from jaxopt_llm.text import Tokenizer
 
@@ -25,6 +27,7 @@ class Report:
       parameters: numbers that it holds.
       file_bytes: of its file, or of the files in its directory; None where there is none.
       bytes: of its parameters in memory, scales included.
+      zeros: share of the parameters that are zeros, stored and multiplied like any other.
       perplexity: on the text.
       kld_mean: mean KL divergence of its predictions from the original's, nats a token.
       same_top_p: share of positions where it ranks the same token first as the original.
@@ -34,6 +37,7 @@ class Report:
     parameters: int
     file_bytes: int | None
     bytes: int
+    zeros: float
     perplexity: float
     kld_mean: float
     same_top_p: float
@@ -57,6 +61,7 @@ def optimize(
     recipe: Recipe,
     *,
     text: str | None = None,
+    calibration: str | None = None,
     source: Path | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
@@ -68,12 +73,14 @@ def optimize(
       tokenizer: of the text and of the sample answer.
       recipe: steps, and how to measure.
       text: to measure on; None for the one that ships with the package (`sample_text`).
+      calibration: text that the steps may see, another than `text`; None: what the model itself says at temperature 1.
       source: the file or directory that the model came from, for the report.
       out: directory to save to; None saves nothing.
       progress: called with (stage, parts of it done, of all).
 
     Raises:
-      ValueError: for a model without a tokenizer, a text of fewer than two tokens, sizes beyond the context.
+      ValueError: for a model without a tokenizer, a text of fewer than two tokens, sizes beyond the context, a
+        calibration text that is too short or the same as `text`.
       OSError: if `out` is something else than a checkpoint of ours, or the disk is full.
     """
     if tokenizer is None:
@@ -83,9 +90,12 @@ def optimize(
     measure = recipe.measure
     measure.check(model.config.max_seq_len)
     stage = lambda name: functools.partial(progress or _ignore, name)
-    ids = tokenizer.encode(sample_text() if text is None else text, add_special=False)
+    text = sample_text() if text is None else text
+    ids = tokenizer.encode(text, add_special=False)
     evaluate.check_text(ids)
-    small = _compress(model, recipe, stage("compressing"))
+    if calibration is not None and calibration.strip() == text.strip():
+        raise ValueError("a model cannot be calibrated on the text that it is measured on; give another")
+    small = _compress(model, tokenizer, recipe, calibration, stage)
     quality = evaluate.compare(
         small, model, ids, window=measure.window, windows=measure.windows, progress=stage("comparing on text")
     )
@@ -109,10 +119,21 @@ def sample_text() -> str:
 def _ignore(stage: str, done: int, total: int) -> None: ...
 
 
-def _compress(model: Transformer, recipe: Recipe, progress: Part) -> Transformer:
+def _compress(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    calibration: str | None,
+    stage: Callable[[str], Part],
+) -> Transformer:
+    settings, progress = recipe.calibration, stage("compressing")
+    sample = functools.partial(
+        calibration_ids, model, tokenizer, calibration, sequences=settings.sequences, length=settings.length
+    )
+    ids = functools.cache(sample)
     for done, step in enumerate(recipe.steps):
         progress(done, len(recipe.steps))
-        model = step(model)
+        model = step(model, Context(ids=ids, progress=stage(type(step).__name__.lower())))
     progress(len(recipe.steps), len(recipe.steps))
     return model
 
@@ -140,6 +161,7 @@ def _report(
         parameters=num_params(model),
         file_bytes=None if path is None else checkpoints.file_bytes(path),
         bytes=num_bytes(model),
+        zeros=num_zeros(model) / num_params(model),
         perplexity=perplexity,
         kld_mean=kld_mean,
         same_top_p=same_top_p,

@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from jaxopt_llm.evaluate import check_lengths, check_sizes
 from jaxopt_llm.models import Transformer
+from jaxopt_llm.optimize.context import Calibration, Context
 from jaxopt_llm.quantize import check_rules, quantize
 
 
@@ -12,7 +13,7 @@ from jaxopt_llm.quantize import check_rules, quantize
 class Step(Protocol):
     """One change to a whole model: a frozen dataclass of its settings."""
 
-    def __call__(self, model: Transformer) -> Transformer: ...
+    def __call__(self, model: Transformer, context: Context) -> Transformer: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Quantize:
     def __post_init__(self):
         check_rules([*self.rules, (".*", self.format)])
 
-    def __call__(self, model: Transformer) -> Transformer:
+    def __call__(self, model: Transformer, context: Context) -> Transformer:
         return quantize(model, self.format, rules=self.rules)
 
 
@@ -73,10 +74,12 @@ class Recipe:
     Attributes:
       steps: one after another.
       measure: before the first and after the last.
+      calibration: what the steps that need a text see.
     """
 
     steps: tuple[Step, ...]
     measure: Measure = Measure()
+    calibration: Calibration = Calibration()
 
     def __post_init__(self):
         if not self.steps:

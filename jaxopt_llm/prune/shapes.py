@@ -69,7 +69,8 @@ def fit(
     """The shape that keeps a share of a model's parameters, of those outside the embedding and the head.
 
     Of all shapes that fill the share and do not pass it, the one that cuts all axes most evenly. Every key/value group
-    stays, and loses as many query heads as the others (arXiv:2407.14679); where each has one, groups go.
+    stays, and loses as many query heads as the others (arXiv:2407.14679); where each has one, groups go. The number of
+    heads divides the model width: transformers 5 refuses other configs of some families, whatever their head width.
 
     Args:
       model: the model to prune.
@@ -83,7 +84,11 @@ def fit(
     _check_request(model.config, target_params, axes)
     grouped = model.config.num_heads > model.config.num_kv_heads
     whole: dict[str, int] = {axis: getattr(model.config, _FIELDS[axis]) for axis in axes}
-    each: dict[str, int] = {"heads": model.config.num_kv_heads if grouped else 1, "layers": 1}
+    each: dict[str, int] = {
+        "heads": model.config.num_kv_heads if grouped else 1,
+        "embed": math.lcm(multiple, model.config.num_heads),
+        "layers": 1,
+    }
     step: dict[str, int] = {axis: each.get(axis, multiple) for axis in axes}
     *coarse, fine = sorted(axes, key=lambda axis: whole[axis] // step[axis])
     choices = [np.arange(step[axis], whole[axis] + 1, step[axis]) / whole[axis] for axis in coarse]
@@ -94,13 +99,12 @@ def fit(
     steps = np.clip(np.floor(wanted * whole[fine] / step[fine] + 1e-9), 0, whole[fine] // step[fine])
     shares[fine] = steps * step[fine] / whole[fine]
     every = np.stack(np.broadcast_arrays(*shares.values()))
-    if not every.all(0).any():
+    fits = every.all(0) & _heads_divide_width(model.config, shares)
+    if not fits.any():
         raise ValueError(
             f"{target_params=} cannot be reached by cutting {', '.join(axes)} alone; name more axes or keep more"
         )
-    unevenness = np.divide(
-        every.max(0), every.min(0), out=np.full(every.shape[1:], math.inf), where=every.all(0)
-    )
+    unevenness = np.divide(every.max(0), every.min(0), out=np.full(fits.shape, math.inf), where=fits)
     best = every[:, *np.unravel_index(unevenness.argmin(), unevenness.shape)]
     sizes = {_FIELDS[axis]: round(share * whole[axis]) for axis, share in zip(shares, best, strict=True)}
     if "num_heads" in sizes and not grouped:
@@ -132,6 +136,12 @@ def _check_request(config: ModelConfig, target_params: float, axes: Sequence[Axi
         raise ValueError(
             f"axes={tuple(axes)}: {config.family} has experts, whose channels are not cut; leave out mlp"
         )
+
+
+def _heads_divide_width(config: ModelConfig, shares: Mapping[str, Any]) -> Any:
+    width = np.round(shares.get("embed", 1.0) * config.d_model)
+    heads = np.round(shares.get("heads", 1.0) * config.num_heads)
+    return width % np.maximum(heads, 1) == 0
 
 
 def _terms(model: Transformer) -> Mapping[tuple[str, ...], int]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxopt_llm.calibrate.factor import inverse_factor
+from jaxopt_llm.calibrate import inverse_factor
 from jaxopt_llm.prune.sparsity import Sparsity
 
 _BLOCK = 128  # columns whose errors reach the later ones at once

@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxopt_llm.calibrate import LayerWeights, Statistics, Wants, inputs
+from jaxopt_llm.calibrate import MOST_DAMPING, LayerWeights, Statistics, Wants, inputs, inverse_factor
 from jaxopt_llm.kernels import Format, QArray, quantization_format
 from jaxopt_llm.models import ModelConfig
 from jaxopt_llm.quantize.clipping import decode, grid
 from jaxopt_llm.quantize.folds import floats
 
 _BLOCK = 128  # columns whose errors reach the later ones at once
-_MOST_DAMPING = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +39,8 @@ class GPTQ:
 
     def __post_init__(self):
         quantization_format(self.format)
-        if not 0 < self.damping <= _MOST_DAMPING:
-            raise ValueError(f"damping={self.damping} must be above 0 and at most {_MOST_DAMPING}")
+        if not 0 < self.damping <= MOST_DAMPING:
+            raise ValueError(f"damping={self.damping} must be above 0 and at most {MOST_DAMPING}")
 
     def wants(self, config: ModelConfig, layer: int) -> tuple[Wants, ...]:
         return tuple(Wants(products=names, gram=True) for names in inputs(config, layer))
@@ -89,33 +88,9 @@ def gptq(
     scale, bias = grid(w, gram, format=format, clip=clip)
     diagonal = jnp.diagonal(gram)
     order = jnp.argsort(-diagonal) if act_order else jnp.arange(len(diagonal))
-    factor = _factor_with_retries(gram[order][:, order], damping)
+    factor = inverse_factor(gram[order][:, order], damping)
     codes = _round_in_order(w, factor, order, scale, bias, format=format)
     return format.assemble(codes, scale, bias)
-
-
-def _factor_with_retries(gram: Float[Array, "I I"], damping: float) -> Float[Array, "I I"]:
-    while True:
-        factor = _factor(gram, damping)
-        if bool(jnp.isfinite(factor).all()):
-            return factor
-        if damping >= _MOST_DAMPING:
-            raise ValueError(f"second moments cannot be factorised with {damping=}: they hold no numbers")
-        damping = min(10 * damping, _MOST_DAMPING)
-
-
-@jax.jit
-def _factor(gram: Float[Array, "I I"], damping: float | Float[Array, ""]) -> Float[Array, "I I"]:
-    """The upper triangular `U` with `U.T @ U = inv(gram + damping)`, from one factorisation.
-
-    Backwards, a Cholesky factor is upper triangular: `gram = R @ R.T` with `R = inv(U)`.
-    """
-    diagonal = jnp.diagonal(gram)
-    seen = jnp.where(diagonal == 0, 1.0, diagonal)
-    damped = gram + jnp.diag(seen - diagonal + damping * diagonal.mean())
-    backwards = jnp.linalg.cholesky(damped[::-1, ::-1])
-    inverse = jax.scipy.linalg.solve_triangular(backwards, jnp.eye(len(gram)), lower=True)
-    return inverse[::-1, ::-1]
 
 
 @functools.partial(jax.jit, static_argnames="format")

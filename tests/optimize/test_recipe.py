@@ -24,7 +24,7 @@ def test_settings_are_reached_from_the_command_line():
 def test_steps_of_ones_own():
     @dataclasses.dataclass(frozen=True)
     class Nothing:
-        def __call__(self, model):
+        def __call__(self, model, context):
             return model
 
     assert isinstance(Nothing(), Step)

@@ -48,6 +48,7 @@ def test_a_shape_fills_its_share(axes, target):
     shape = fit(smollm2(), target, axes=axes, multiple=8)
     sizes = shape.resolve(SMOLLM2, 8)
     share = params(**sizes) / params()
+    assert sizes["d_model"] % sizes["num_heads"] == 0
     slack = 1 / 10 if axes == ("layers",) else 0.02
     assert target - slack < share <= target
     fields = {"mlp": "d_ff", "heads": "num_heads", "embed": "d_model", "layers": "num_layers"}

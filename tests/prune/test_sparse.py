@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxopt_llm.calibrate.factor import inverse_factor
+from jaxopt_llm.calibrate import inverse_factor
 from jaxopt_llm.prune import Sparsity
 from jaxopt_llm.prune.sparse import magnitude, sparsegpt, wanda
 
