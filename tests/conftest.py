@@ -22,8 +22,12 @@ _MOST_MAPS = 20_000
 # Before JAX is imported; the subprocesses of tests inherit it.
 cache.prepare(Path(os.environ.get("JAXOPT_TEST_CACHE", ROOT / ".cache" / "xla")))
 # Tests compile far more than they compute: without optimisation LLVM takes half the time.
-_XLA = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA}"
+# And eight devices on a busy machine may take longer to meet than the 40 s after which XLA ends the process.
+_XLA = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_XLA])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
