@@ -14,6 +14,7 @@ import jax
 from jaxopt_llm import cache
 
 _ROOT = Path(__file__).parents[1]
+RESULTS = _ROOT / "benchmarks" / "results"
 _PACKAGES = ("jaxopt-llm", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "llama-cpp-python")
 _VECTORS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd")
 
@@ -44,9 +45,8 @@ def record(name: str, results: Any) -> None:
         ),
         "results": results,
     }
-    path = _ROOT / "benchmarks" / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(results, indent=1))
 
 
