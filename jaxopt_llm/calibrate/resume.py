@@ -26,7 +26,7 @@ class Finished:
       model, ids, methods: what make the walk.
 
     Raises:
-      ValueError: if the walk that `folder` holds has another model, text or method.
+      ValueError: if the walk whose layers `folder` holds has another model, text or method.
     """
 
     def __init__(

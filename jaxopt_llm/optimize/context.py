@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
@@ -32,7 +33,9 @@ class Context:
     Attributes:
       ids: gives the calibration text, N sequences of T tokens; a model is sampled for it when it is first asked for.
       progress: to be called with (parts of the step done, of all).
+      folder: where the step may keep what it has finished, for it to go on after an interruption; None keeps nothing.
     """
 
     ids: Callable[[], Int[np.ndarray, "N T"]]
     progress: Callable[[int, int], None]
+    folder: Path | None = None

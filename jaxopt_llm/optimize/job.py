@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.resources
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,12 +76,13 @@ def optimize(
       text: to measure on; None for the one that ships with the package (`sample_text`).
       calibration: text that the steps may see, another than `text`; None: what the model itself says at temperature 1.
       source: the file or directory that the model came from, for the report.
-      out: directory to save to; None saves nothing.
+      out: directory to save to; None saves nothing. What a step has finished is kept beside it until it is there, so
+        that the same call goes on after an interruption.
       progress: called with (stage, parts of it done, of all).
 
     Raises:
       ValueError: for a model without a tokenizer, a text of fewer than two tokens, sizes beyond the context, a
-        calibration text that is too short or the same as `text`.
+        calibration text that is too short or the same as `text`, or an interrupted run of another recipe.
       OSError: if `out` is something else than a checkpoint of ours, or the disk is full.
     """
     if tokenizer is None:
@@ -95,7 +97,8 @@ def optimize(
     evaluate.check_text(ids)
     if calibration is not None and calibration.strip() == text.strip():
         raise ValueError("a model cannot be calibrated on the text that it is measured on; give another")
-    small = _compress(model, tokenizer, recipe, calibration, stage)
+    unfinished = None if out is None else out.with_name(f".{out.name}.unfinished")
+    small = _compress(model, tokenizer, recipe, calibration, unfinished, stage)
     quality = evaluate.compare(
         small, model, ids, window=measure.window, windows=measure.windows, progress=stage("comparing on text")
     )
@@ -107,6 +110,8 @@ def optimize(
     before = _report(model, source, quality.reference.perplexity, 0.0, 1.0, old)
     if out is not None:  # which may be where the original was
         checkpoints.save(small, tokenizer, out)
+    if unfinished is not None:
+        shutil.rmtree(unfinished, ignore_errors=True)
     after = _report(small, out, quality.perplexity.perplexity, quality.kld_mean, quality.same_top_p, new)
     return Outcome(model=small, before=before, after=after, sample=sample)
 
@@ -124,6 +129,7 @@ def _compress(
     tokenizer: Tokenizer,
     recipe: Recipe,
     calibration: str | None,
+    unfinished: Path | None,
     stage: Callable[[str], Part],
 ) -> Transformer:
     settings, progress = recipe.calibration, stage("compressing")
@@ -133,7 +139,8 @@ def _compress(
     ids = functools.cache(sample)
     for done, step in enumerate(recipe.steps):
         progress(done, len(recipe.steps))
-        model = step(model, Context(ids=ids, progress=stage(type(step).__name__.lower())))
+        folder = None if unfinished is None else unfinished / f"step-{done}"
+        model = step(model, Context(ids=ids, progress=stage(type(step).__name__.lower()), folder=folder))
     progress(len(recipe.steps), len(recipe.steps))
     return model
 
