@@ -59,12 +59,14 @@ def origin(model: Transformer, ids: Int[np.ndarray, "N T"]) -> dict[str, Any]:
     return {"model": _of_model(model), "text": _digest([ids])}
 
 
-def refuse_another(place: Path, there: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Raises ValueError if what is kept at `place` comes of something else than this run."""
+def refuse_another(
+    place: Path, there: Mapping[str, Any], run: Mapping[str, Any], *, kind: str = "a calibration"
+) -> None:
+    """Raises ValueError if what is kept at `place`, of this kind, comes of something else than this run."""
     differs = [name for name, value in run.items() if there.get(name) != value]
     if differs:
         raise ValueError(
-            f"{place} holds a calibration with another {' and '.join(differs)}; give the same to go on with it, "
+            f"{place} holds {kind} with another {' and '.join(differs)}; give the same to go on with it, "
             "or remove it to start anew"
         )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from jaxopt_llm import checkpoints, configs
+from jaxopt_llm import distill as d
 from jaxopt_llm.checkpoints.orbax import MARKER
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import CONFIG, JSON, OUT, SET, TEXT
@@ -49,10 +50,7 @@ COLUMNS = {
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        from jaxopt_llm import distill as d
-    except ModuleNotFoundError as error:
-        raise ValueError(f"distill needs {error.name}: pip install 'jaxopt-llm[train]'") from None
+    d.check_installed()
     config = configs.load(CONFIG.value, SET.value)
     if not isinstance(config, d.Distillation):
         raise ValueError(
@@ -90,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     tell(outcome, out)
 
 
-def tell(outcome, out: Path) -> None:
+def tell(outcome: d.Outcome, out: Path) -> None:
     """Prints what came of it."""
     names = ("loss", "tokens", "perplexity_before", "perplexity_after", "teacher_perplexity")
     values = {name: getattr(outcome, name) for name in names}

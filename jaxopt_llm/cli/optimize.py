@@ -1,7 +1,8 @@
 """Make a model smaller by a recipe, measure it before and after, save it: the main job.
 
 Without --text it is measured on three Wikipedia articles that ship with the package. Steps that need a text see that of
---calibration; without, what the model itself says.
+--calibration; without, what the model itself says. OUT.run/ keeps finished steps until the result is saved: after an
+interruption the same command goes on.
 """
 
 from collections.abc import Sequence
@@ -35,6 +36,16 @@ ROWS = {
     "decode_tokens_per_s": "decode, tokens/s",
 }
 
+STEPS = {
+    "step": "after",
+    "parameters": "parameters",
+    "bytes": "bytes in memory",
+    "perplexity": "perplexity",
+    "kld_mean": "KL divergence",
+    "same_top_p": "same top token",
+    "seconds": "seconds",
+}
+
 
 def main(argv: Sequence[str]) -> None:
     recipe = configs.load(CONFIG.value, SET.value)
@@ -57,8 +68,8 @@ def main(argv: Sequence[str]) -> None:
             progress=report,
         )
     if JSON.value:
-        values = {"before": outcome.before, "after": outcome.after, "sample": outcome.sample, "out": out}
-        show.json_line(values)
+        names = ("before", "after", "steps", "sample")
+        show.json_line({name: getattr(outcome, name) for name in names} | {"out": out})
     else:
         tell(outcome, recipe.measure.question, out)
 
@@ -68,6 +79,9 @@ def tell(outcome: Outcome, question: str, out: Path) -> None:
     before, after = outcome.before, outcome.after
     rows = [(label, getattr(before, name), getattr(after, name)) for name, label in ROWS.items()]
     show.table(("", "before", "after"), rows)
+    if len(outcome.steps) > 1:
+        print()
+        show.table(list(STEPS.values()), [[getattr(step, name) for name in STEPS] for step in outcome.steps])
     if before.file_bytes and after.file_bytes and after.file_bytes > before.file_bytes:
         old, new = before.file_bytes / 1e6, after.file_bytes / 1e6
         bits = 8 * before.file_bytes / before.parameters

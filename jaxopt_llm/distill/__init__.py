@@ -1,6 +1,7 @@
 """Floor 6: a student learns what its teacher predicts."""
 
 from jaxopt_llm.distill.config import Distillation, LoRA, OnPolicy, Optimizer, Written
+from jaxopt_llm.distill.data import check_installed
 from jaxopt_llm.distill.losses import Loss
 from jaxopt_llm.distill.run import Model, Outcome, distill, finish
 from jaxopt_llm.distill.student import Student
@@ -15,6 +16,7 @@ __all__ = [
     "Outcome",
     "Student",
     "Written",
+    "check_installed",
     "distill",
     "finish",
 ]

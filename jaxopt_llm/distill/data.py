@@ -1,14 +1,20 @@
 """Windows of token ids at random places, through Grain: the same ones in the same order, from any step on."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from jaxtyping import Int
 
 Ids = Int[np.ndarray, "_"]  # of one text; another has another length
+
+
+def check_installed() -> None:
+    """Raises ValueError where Grain is missing, which only training needs."""
+    if importlib.util.find_spec("grain") is None:
+        raise ValueError("distillation needs grain: pip install 'jaxopt-llm[train]'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Windows:
                     f"a training text has {len(ids)} tokens, too few for one window of length={length}; give more "
                     "text or set a smaller length"
                 )
+        import grain
+
         parts = [
             grain.MapDataset.source(_Places(ids, length)).seed(seed + number).shuffle().repeat()
             for number, (ids, _) in enumerate(texts)

@@ -20,7 +20,7 @@ from jaxopt_llm import checkpoints, evaluate
 from jaxopt_llm.checkpoints.atomic import atomic_file
 from jaxopt_llm.distill import log
 from jaxopt_llm.distill.config import Distillation
-from jaxopt_llm.distill.data import Ids, Windows
+from jaxopt_llm.distill.data import Ids, Windows, check_installed
 from jaxopt_llm.distill.snapshots import Snapshots
 from jaxopt_llm.distill.step import State, Trainer, learning_rate
 from jaxopt_llm.distill.student import Student
@@ -94,8 +94,9 @@ def distill(
 
     Raises:
       ValueError: for models that do not go together, too little text, another run in the folder, or numbers that are
-        not finite; the last good student is kept then.
+        not finite; the last good student is kept then. Without the extra `train`.
     """
+    check_installed()
     stage = lambda name: functools.partial(progress or _ignore, name)
     _check(teacher, student, config)
     own = [_ids(student, text) for text in texts]

@@ -3,21 +3,19 @@
 import dataclasses
 import functools
 import importlib.resources
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from jaxopt_llm import checkpoints, evaluate
-from jaxopt_llm.calibrate import calibration_ids
 from jaxopt_llm.engine import Prompt, generate
 from jaxopt_llm.evaluate import Speed
 from jaxopt_llm.models import Transformer, num_bytes, num_params, num_zeros
-from jaxopt_llm.optimize.context import Context
+from jaxopt_llm.optimize.kept import Kept, StepReport, identity
 from jaxopt_llm.optimize.recipe import Measure, Recipe
+from jaxopt_llm.optimize.steps import Progress, Steps
 from jaxopt_llm.text import Tokenizer
 
 Part = Callable[[int, int], None]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,11 +46,19 @@ class Report:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The optimised model, what the original and it are, and what it answers to the recipe's question."""
+    """What came of a recipe.
+
+    Attributes:
+      model: the optimised one.
+      before, after: what the original and it are.
+      steps: what each step left.
+      sample: its answer to the recipe's question.
+    """
 
     model: Transformer
     before: Report
     after: Report
+    steps: tuple[StepReport, ...]
     sample: str
 
 
@@ -76,13 +82,14 @@ def optimize(
       text: to measure on; None for the one that ships with the package (`sample_text`).
       calibration: text that the steps may see, another than `text`; None: what the model itself says at temperature 1.
       source: the file or directory that the model came from, for the report.
-      out: directory to save to; None saves nothing. What a step has finished is kept beside it until it is there, so
-        that the same call goes on after an interruption.
+      out: directory to save to; None saves nothing. Until the result is there, `OUT.run` beside it keeps the steps that
+        are finished: the same call goes on after the last of them if it was interrupted.
       progress: called with (stage, parts of it done, of all).
 
     Raises:
       ValueError: for a model without a tokenizer, a text of fewer than two tokens, sizes beyond the context, a
-        calibration text that is too short or the same as `text`, or an interrupted run of another recipe.
+        calibration text that is too short or the same as `text`, or an interrupted run of another recipe, model or
+        text.
       OSError: if `out` is something else than a checkpoint of ours, or the disk is full.
     """
     if tokenizer is None:
@@ -97,23 +104,21 @@ def optimize(
     evaluate.check_text(ids)
     if calibration is not None and calibration.strip() == text.strip():
         raise ValueError("a model cannot be calibrated on the text that it is measured on; give another")
-    unfinished = None if out is None else out.with_name(f".{out.name}.unfinished")
-    small = _compress(model, tokenizer, recipe, calibration, unfinished, stage)
-    quality = evaluate.compare(
-        small, model, ids, window=measure.window, windows=measure.windows, progress=stage("comparing on text")
-    )
-    old, new = (
-        _speed(model, measure, stage("timing the original")),
-        _speed(small, measure, stage("timing the result")),
-    )
-    sample = _answer(small, tokenizer, measure, stage("answering"))
-    before = _report(model, source, quality.reference.perplexity, 0.0, 1.0, old)
-    if out is not None:  # which may be where the original was
-        checkpoints.save(small, tokenizer, out)
-    if unfinished is not None:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    after = _report(small, out, quality.perplexity.perplexity, quality.kld_mean, quality.same_top_p, new)
-    return Outcome(model=small, before=before, after=after, sample=sample)
+    run = Steps(model, tokenizer, recipe, text=text, calibration=calibration, progress=progress or _ignore)
+    folder = None if out is None else out.with_name(f"{out.name}.run")
+    with Kept(folder, identity(model, recipe, ids, calibration)) as kept:
+        finished = run.run(kept)
+        small = finished.model
+        old = _speed(model, measure, stage("timing the original"))
+        new = _speed(small, measure, stage("timing the result"))
+        sample = _answer(small, tokenizer, measure, stage("answering"))
+        before = _report(model, source, finished.perplexity, 0.0, 1.0, old)
+        if out is not None:  # which may be where the original was
+            checkpoints.save(small, tokenizer, out)
+        kept.remove()
+    last = finished.steps[-1]
+    after = _report(small, out, last.perplexity, last.kld_mean, last.same_top_p, new)
+    return Outcome(model=small, before=before, after=after, steps=finished.steps, sample=sample)
 
 
 def sample_text() -> str:
@@ -122,27 +127,6 @@ def sample_text() -> str:
 
 
 def _ignore(stage: str, done: int, total: int) -> None: ...
-
-
-def _compress(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    calibration: str | None,
-    unfinished: Path | None,
-    stage: Callable[[str], Part],
-) -> Transformer:
-    settings, progress = recipe.calibration, stage("compressing")
-    sample = functools.partial(
-        calibration_ids, model, tokenizer, calibration, sequences=settings.sequences, length=settings.length
-    )
-    ids = functools.cache(sample)
-    for done, step in enumerate(recipe.steps):
-        progress(done, len(recipe.steps))
-        folder = None if unfinished is None else unfinished / f"step-{done}"
-        model = step(model, Context(ids=ids, progress=stage(type(step).__name__.lower()), folder=folder))
-    progress(len(recipe.steps), len(recipe.steps))
-    return model
 
 
 def _speed(model: Transformer, measure: Measure, progress: Part) -> Speed:

@@ -87,4 +87,6 @@ class Sparsify:
 
     def __call__(self, model: Transformer, context: Context) -> Transformer:
         ids = context.ids() if self.method in prune.CALIBRATED else None
-        return prune.sparsify(model, self.sparsity, self.method, ids=ids, progress=context.progress)
+        return prune.sparsify(
+            model, self.sparsity, self.method, ids=ids, directory=context.folder, progress=context.progress
+        )

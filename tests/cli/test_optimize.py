@@ -24,6 +24,7 @@ FIELDS = {
     "prefill_tokens_per_s",
     "decode_tokens_per_s",
 }
+STEP_FIELDS = ("parameters", "bytes", "perplexity", "kld_mean", "same_top_p")
 
 
 @pytest.fixture
@@ -44,7 +45,11 @@ def test_json(optimize, tmp_path):
     done = optimize(f"--out={tmp_path / 'out'}", "--json")
     assert done.code == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report.keys() == {"before", "after", "sample", "out"}
+    assert report.keys() == {"before", "after", "steps", "sample", "out"}
+    (step,) = report["steps"]
+    assert step.keys() == set(command.STEPS)
+    assert step["step"] == "quantize"
+    assert {name: step[name] for name in STEP_FIELDS} == {name: report["after"][name] for name in STEP_FIELDS}
     assert report["before"].keys() == report["after"].keys() == FIELDS
     assert report["out"] == str(tmp_path / "out")
     assert report["after"]["bytes"] < 0.3 * report["before"]["bytes"]
@@ -64,14 +69,32 @@ def test_for_people(optimize, tmp_path, data_dir):
     assert "timing the result" in done.stderr
 
 
+def test_several_steps_are_a_table_of_their_own(optimize, tmp_path):
+    recipe = tmp_path / "twice.py"
+    recipe.write_text(
+        "from jaxopt_llm.optimize import Quantize, Recipe, Sparsify\n\n\n"
+        "def config():\n"
+        "    return Recipe(steps=(Sparsify(method='magnitude'), Quantize()))\n"
+    )
+    done = optimize(f"--config={recipe}", f"--out={tmp_path / 'out'}")
+    assert done.code == 0, done.stderr
+    _, table, _ = done.stdout.split("\n\n", 2)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert cells[0] == list(command.STEPS.values())
+    assert [row[0] for row in cells[2:4]] == ["sparsify", "quantize"]
+
+
 def test_growth_is_said(capsys, storyteller, tmp_path):
     model = abstract(read_config(storyteller)[0])
     figures = dict.fromkeys(FIELDS, 1.0) | {"parameters": 1000, "bytes": 1000, "file_bytes": 600}
     before = Report(**figures)
     after = Report(**figures | {"file_bytes": 1100})
-    command.tell(Outcome(model=model, before=before, after=after, sample="x"), "?", tmp_path)
+    tell = lambda **reports: command.tell(
+        Outcome(model=model, steps=(), sample="x", **reports), "?", tmp_path
+    )
+    tell(before=before, after=after)
     assert "larger than the file it came from" in capsys.readouterr().out
-    command.tell(Outcome(model=model, before=after, after=before, sample="x"), "?", tmp_path)
+    tell(before=after, after=before)
     assert "larger" not in capsys.readouterr().out
 
 

@@ -33,7 +33,7 @@ def test_an_interrupted_run_goes_on(data_dir, tmp_path):
     assert not out.exists()
     kept = sorted(tmp_path.rglob("layer-*"))
     assert len(kept) == 2
-    with pytest.raises(ValueError, match="holds a calibration with another methods; give the same to go on"):
+    with pytest.raises(ValueError, match="holds a run with another recipe; give the same to go on"):
         run(Recipe(steps=(Layerwise(methods=(GPTQ(format="int8"),)),), calibration=RECIPE.calibration))
     assert sorted(tmp_path.rglob("layer-*")) == kept
     small = run(RECIPE).model
