@@ -1,5 +1,6 @@
 """The notebooks run top to bottom; their first cell installs what a machine lacks and leaves its JAX alone."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -10,13 +11,16 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import nbclient
 import nbformat
 import pytest
 from packaging.requirements import Requirement
 
+import jaxopt_llm as jo
+
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = ("quickstart", "research")
+NOTEBOOKS = ("quickstart", "research", "compress")
 TIMEOUT = 300  # seconds a cell, on a machine that does much else
 
 OLD_TPU = {"jax": "0.7.2", "jaxlib": "0.7.2", "libtpu": "0.0.20"}
@@ -34,14 +38,32 @@ def cells(notebook: nbformat.NotebookNode) -> dict[str, nbformat.NotebookNode]:
     return {cell["id"]: cell for cell in notebook.cells if cell.cell_type == "code"}
 
 
+def in_groups(gguf: Path, folder: Path) -> Path:
+    """The same function, with silent channels beside each layer's own until groups of 64 divide them."""
+    model, tokenizer = jo.load(gguf)
+    more = -model.config.d_ff % 64
+    ends = {"gate": ((0, more), (0, 0)), "up": ((0, more), (0, 0)), "down": ((0, 0), (0, more))}
+    padded = {
+        name: jnp.pad(value, ends.get(name.split(".")[-2], 0))
+        for name, value in jo.models.weights(model).items()
+    }
+    config = dataclasses.replace(model.config, d_ff=model.config.d_ff + more)
+    jo.save(jo.from_params(config, padded, dtype=model.dtype), tokenizer, folder / "in_groups")
+    return folder / "in_groups"
+
+
 @pytest.fixture(scope="module", params=NOTEBOOKS)
 def executed(request, data_dir, tmp_path_factory):
     """A notebook that has run on the tiny model, and its name."""
     notebook = read(request.param)
     folder = str(tmp_path_factory.mktemp(request.param))
+    model = data_dir / "stories260K.gguf"
     environment = {
         **os.environ,
-        "JAXOPT_NOTEBOOK_MODEL": str(data_dir / "stories260K.gguf"),
+        "JAXOPT_NOTEBOOK_MODEL": str(
+            in_groups(model, Path(folder)) if request.param == "compress" else model
+        ),
+        "JAXOPT_NOTEBOOK_STEPS": "8",
         "TMPDIR": folder,  # what it writes goes away with the test's own files
     }
     resources = {"metadata": {"path": folder}}
@@ -62,7 +84,7 @@ def test_runs_top_to_bottom(executed):
     ran = cells(notebook)
     assert all(cell.execution_count for cell in ran.values())
     assert [key for key, cell in ran.items() if "plot" in key and not has_picture(cell)] == []
-    {"quickstart": check_quickstart, "research": check_research}[name](ran)
+    {"quickstart": check_quickstart, "research": check_research, "compress": check_compress}[name](ran)
 
 
 def check_quickstart(ran):
@@ -83,6 +105,25 @@ def check_research(ran):
     assert float(text(ran["frozen"]).split()[-1]) > 0.9
     difference = re.search(r"on 8 devices differ from those on one by (\S+)", text(ran["mesh"]))
     assert float(difference[1]) < 1e-3
+
+
+def check_compress(ran):
+    original = float(text(ran["load"]).split()[-1])
+    for *_, cut, fitted in map(str.split, text(ran["prune"]).splitlines()[1:]):
+        assert original < float(fitted) < float(cut)
+    before, after = map(float, re.search(r"perplexity (\S+) -> (\S+)", text(ran["distil"])).groups())
+    assert after < 0.9 * before
+    kld = {line.split()[0]: float(line.split()[3]) for line in text(ran["quantize"]).splitlines()}
+    assert max(kld["AWQ"], kld["GPTQ"]) < kld["RTN"]
+    first, *_, small, rival = (re.split(r"\s{2,}", line) for line in text(ran["final"]).splitlines()[1:6])
+    assert [first[0], small[0], rival[0]] == [
+        "original",
+        f"small: int4 {min(kld, key=kld.get)}",
+        "unpruned: int3 GPTQ",
+    ]
+    assert float(small[1]) < 0.2 * float(first[1])
+    generated = [line.split(maxsplit=1)[1] for line in text(ran["save"]).splitlines()]
+    assert generated[1] == generated[2] != generated[0]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
