@@ -52,7 +52,9 @@ def test_another_size_needs_no_new_pass(stories, text, tmp_path, monkeypatch):
     scores = tmp_path / "scores.safetensors"
     shape = Shape(d_ff=96)
     run(stories, text, Prune(shape=shape, importance=scores, reconstruct=False), calibration=text[2000:])
-    monkeypatch.setattr("jaxopt_llm.optimize.steps.calibration_ids", lambda *_, **__: pytest.fail("a new pass"))
+    monkeypatch.setattr(
+        "jaxopt_llm.optimize.steps.calibration_ids", lambda *_, **__: pytest.fail("a new pass")
+    )
     outcome = run(stories, text, Prune(shape=Shape(num_layers=3), importance=scores, reconstruct=False))
     assert outcome.model.config.num_layers == 3
 
