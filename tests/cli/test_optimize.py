@@ -18,6 +18,7 @@ FIELDS = {
     "parameters",
     "file_bytes",
     "bytes",
+    "zeros",
     "perplexity",
     "kld_mean",
     "same_top_p",
@@ -86,7 +87,12 @@ def test_several_steps_are_a_table_of_their_own(optimize, tmp_path):
 
 def test_growth_is_said(capsys, storyteller, tmp_path):
     model = abstract(read_config(storyteller)[0])
-    figures = dict.fromkeys(FIELDS, 1.0) | {"parameters": 1000, "bytes": 1000, "file_bytes": 600}
+    figures = dict.fromkeys(FIELDS, 1.0) | {
+        "zeros": 0.0,
+        "parameters": 1000,
+        "bytes": 1000,
+        "file_bytes": 600,
+    }
     before = Report(**figures)
     after = Report(**figures | {"file_bytes": 1100})
     tell = lambda **reports: command.tell(
