@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from jaxopt_llm.distill.losses import Loss
 from jaxopt_llm.evaluate import check_sizes
+from jaxopt_llm.kernels import quantization_format
 
 
 def _check(
@@ -130,6 +131,8 @@ class Distillation:
       written: text of the teacher's, or None.
       on_policy: batches of the student's own text, or None.
       lora: train adapters in place of the weights.
+      quantize: a format of `jaxopt_llm.quantize` that the student ends in: its matrices are rounded in every forward
+        pass, so that it learns to make up for that (quantization-aware distillation); activations stay floats.
       steps: of the optimizer.
       batch: windows a forward pass.
       accumulate: forward passes a step.
@@ -147,6 +150,7 @@ class Distillation:
     written: Written | None = None
     on_policy: OnPolicy | None = None
     lora: LoRA | None = None
+    quantize: str | None = None
     steps: int = 40
     batch: int = 4
     accumulate: int = 1
@@ -168,6 +172,12 @@ class Distillation:
         if self.on_policy and self.lora:
             raise ValueError(
                 "on_policy samples from the student's weights, which lora leaves as they are; take one"
+            )
+        if self.quantize is not None:
+            quantization_format(self.quantize)
+        if self.quantize and self.lora:
+            raise ValueError(
+                f"quantize={self.quantize} rounds the weights that are trained, which lora leaves as they are; take one"
             )
 
     @property

@@ -170,6 +170,7 @@ class _Run:
             dtype=jnp.dtype(config.dtype),
             lora=config.lora,
             remat=config.remat,
+            quantize=config.quantize,
             seed=config.seed,
         )
         self._trainer = Trainer(self._student, teacher, config, mesh_of(student.model))
@@ -177,7 +178,7 @@ class _Run:
         self._author: Author | None = None
 
     def result(self, state: State) -> Transformer:
-        """The student that a state holds, in its own dtype."""
+        """The student that a state holds, in its own dtype, or rounded."""
         return self._student.merged(state.best, self._original.dtype)
 
     def steps(self) -> tuple[State, float, int]:

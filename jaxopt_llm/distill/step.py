@@ -128,7 +128,7 @@ class Trainer:
     def _objective(
         self, params: Any, frozen: Any, teacher_params: Any, tokens: Array, counted: Array
     ) -> tuple[Array, Metrics]:
-        trained, projections = params
+        trained, projections = self.student.rounded(params[0]), params[1]
         weight = counted.reshape(-1).astype(jnp.float32)
         weight = weight / jnp.maximum(weight.sum(), 1)
         given = {"target": jnp.roll(tokens, -1, axis=1).reshape(-1), "weight": weight}

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxopt_llm.distill import rounding
 from jaxopt_llm.distill.config import LoRA
-from jaxopt_llm.kernels import QArray
+from jaxopt_llm.kernels import Format, QArray, quantization_format
 from jaxopt_llm.models import Batch, Transformer, abstract, weights, with_weights
 from jaxopt_llm.models.layers import Linear
 
@@ -48,6 +49,7 @@ class Student:
       frozen: the others.
       lora: of the adapters, or None.
       remat: whether layers are computed again for the gradients.
+      format: that trained matrices are rounded in, or None.
     """
 
     skeleton: Transformer
@@ -55,6 +57,7 @@ class Student:
     frozen: dict[str, Any]
     lora: LoRA | None = None
     remat: bool = False
+    format: Format | None = None
 
     @classmethod
     def of(
@@ -64,18 +67,19 @@ class Student:
         dtype: Any = jnp.float32,
         lora: LoRA | None = None,
         remat: bool = False,
+        quantize: str | None = None,
         seed: int = 0,
     ) -> Self:
         """
         Args:
           model: as loaded.
           dtype: of activations.
-          lora, remat: as `Distillation` has them.
+          lora, remat, quantize: as `Distillation` has them.
           seed: of the adapters' first values.
 
         Raises:
-          ValueError: for quantized weights without adapters, targets that name nothing, or adapters to merge into
-            quantized weights.
+          ValueError: for quantized weights without adapters, targets that name nothing, adapters to merge into
+            quantized weights, or a width that the groups of `quantize` do not divide.
         """
         values, skeleton = weights(model), abstract(model.config, dtype)
         codes = next((name for name, value in values.items() if isinstance(value, QArray)), None)
@@ -94,7 +98,14 @@ class Student:
             )
         # A copy even where nothing changes: the first step gives it away, and the caller's model stays.
         trained = {name: jnp.array(value, jnp.float32, copy=True) for name, value in values.items()}
-        return cls(skeleton=skeleton, params=trained, frozen={}, remat=remat)
+        format = None if quantize is None else quantization_format(quantize)
+        if format:
+            rounding.check(format, trained)
+        return cls(skeleton=skeleton, params=trained, frozen={}, remat=remat, format=format)
+
+    def rounded(self, params: Params) -> Params:
+        """Trained parameters as the products are to see them."""
+        return rounding.rounded(self.format, params) if self.format else params
 
     def model(self, params: Params, frozen: Params) -> Transformer:
         """The model that these make: to train where `params` are, or to run."""
@@ -119,7 +130,7 @@ class Student:
         return name.startswith("embed." if self.skeleton.config.tied else "head.")
 
     def merged(self, params: Params, dtype: Any) -> Transformer:
-        """The trained model by itself, its floats in `dtype`; weights with an adapter in them are floats."""
+        """The trained model alone, its floats in `dtype`: all that no `format` rounds, and weights with adapters."""
         values: dict[str, Any] = {**self.frozen, **({} if self.lora else params)}
         for name, scale in self._adapted(params):
             weight = values[name]
@@ -127,6 +138,8 @@ class Student:
                 weight.dequantize(jnp.float32) if isinstance(weight, QArray) else weight.astype(jnp.float32)
             )
             values[name] = whole + params[f"{name}.B"] @ params[f"{name}.A"] * scale
+        if self.format:
+            values |= rounding.stored(self.format, values)
         cast = lambda value: value if isinstance(value, QArray) else value.astype(dtype)
         skeleton = abstract(self.skeleton.config, dtype)
         return with_weights(skeleton, {name: cast(value) for name, value in values.items()})
