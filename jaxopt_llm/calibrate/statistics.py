@@ -1,7 +1,8 @@
 """`Statistics` of what goes into the products of a layer."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxopt_llm.models import ModelConfig
+from jaxopt_llm.models.captured import tap
 
 INPUTS = (
     ("attention.q", "attention.k", "attention.v"),
@@ -116,16 +118,10 @@ def watch(layer: Any, wants: Wants) -> dict[str, Statistics]:
     seen: dict[str, Statistics] = {}
     for name in wants.sources:
         part, _, product = name.partition(".")
-        owner = getattr(layer, part)
-        setattr(owner, product, _observed(getattr(owner, product), name, wants.gram, seen))
+        tap(getattr(getattr(layer, part), product), functools.partial(_observe, name, wants.gram, seen))
     return seen
 
 
-def _observed(
-    product: Callable[[Array], Array], name: str, gram: bool, seen: dict[str, Statistics]
-) -> Callable[[Array], Array]:
-    def observe(x: Array) -> Array:
-        seen[name] = Statistics.of(x, gram=gram)
-        return product(x)
-
-    return observe
+def _observe(name: str, gram: bool, seen: dict[str, Statistics], x: Array, out: Array) -> Array:
+    seen[name] = Statistics.of(x, gram=gram)
+    return out

@@ -30,9 +30,8 @@ class Captured(nnx.Module):
         model = nnx.merge(*nnx.split(self.model))  # a copy whose parts can be exchanged
         seen: dict[str, Array] = {}
         for name, (keep, functions) in self._taps().items():
-            owner, _, part = name.rpartition(".")
             see = functools.partial(_see, name, functions, seen if keep else {}, tokens.shape)
-            _wrap(_part(model, owner), part, see)
+            tap(_part(model, name), functools.partial(_through, see))
         return model(tokens), seen
 
     def _taps(self) -> dict[str, tuple[bool, list[Replace]]]:
@@ -114,13 +113,21 @@ def _see(
     return x.reshape(flat.shape)
 
 
-def _wrap(owner: Any, part: str, see: Replace) -> None:
-    """Exchanges a part for one of a class of its own, whose call passes its output through `see`."""
-    inner = _part(owner, part)
+def tap(part: Any, see: Callable[[Array, Any], Any]) -> None:
+    """Exchanges a part's class for one of its own, whose call gives what `see` makes of its first argument and result.
 
-    class Tapped(type(inner)):  # type: ignore[misc]
-        def __call__(self, *args: Any) -> Any:
-            out = super().__call__(*args)
-            return (see(out[0]), *out[1:]) if isinstance(out, tuple) else see(out)
+    Args:
+      part: of a model that is the caller's own, such as one merged inside a compiled function.
+      see: a function of the first argument and of what the part gave.
+    """
 
-    inner.__class__ = Tapped
+    class Tapped(type(part)):  # type: ignore[misc]
+        def __call__(self, x: Array, *args: Any) -> Any:
+            return see(x, super().__call__(x, *args))
+
+    part.__class__ = Tapped
+
+
+def _through(see: Replace, _: Array, out: Any) -> Any:
+    """What a part gives, its first array through `see`."""
+    return (see(out[0]), *out[1:]) if isinstance(out, tuple) else see(out)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxopt_llm.checkpoints import read_weights, write_weights
 from jaxopt_llm.evaluate import perplexity
 from jaxopt_llm.models import Batch, ModelConfig, Transformer
+from jaxopt_llm.models.captured import tap
 from jaxopt_llm.prune.shapes import Shape
 from jaxopt_llm.prune.surgery import Kept, cut, float_weights
 
@@ -187,13 +188,13 @@ def _observe(graph: nnx.GraphDef, params: Any, tokens: Int[Array, "T"]) -> dict[
     norms: list[Array] = []
     states: list[Array] = []
     for i, layer in enumerate(model.layers):
-        _tap(layer, lambda x, _: states.append(x))
-        _tap(layer.attention.o, lambda x, _: heads.append(x))
+        _look(layer, lambda x, _: states.append(x))
+        _look(layer.attention.o, lambda x, _: heads.append(x))
         if hasattr(layer, "mlp"):
-            _tap(layer.mlp.down, functools.partial(_keep, channels, i))
-    _tap(model.final_norm, lambda x, _: states.append(x))
+            _look(layer.mlp.down, functools.partial(_keep, channels, i))
+    _look(model.final_norm, lambda x, _: states.append(x))
     for norm in _norms_over_width(model):
-        _tap(norm, lambda _, y: norms.append(y))
+        _look(norm, lambda _, y: norms.append(y))
     model.forward(Batch.dense(tokens[None]), None)
     none = jnp.zeros((len(tokens), model.config.d_ff))
     mlp = jnp.stack([channels.get(i, none) for i in range(len(heads))]).astype(jnp.float32)
@@ -226,13 +227,11 @@ def _norms_over_width(model: Transformer) -> Iterator[Any]:
     yield model.final_norm
 
 
-def _tap(part: Any, see: Callable[[Array, Array], Any]) -> None:
-    """Exchanges a part's class for one whose call also shows its first argument and its result."""
+def _look(part: Any, see: Callable[[Array, Any], None]) -> None:
+    """Shows what a part reads and gives, which stays as it is."""
 
-    class Tapped(type(part)):  # type: ignore[misc]
-        def __call__(self, x: Array, *args: Any) -> Any:
-            out = super().__call__(x, *args)
-            see(x, out)
-            return out
+    def shown(x: Array, out: Any) -> Any:
+        see(x, out)
+        return out
 
-    part.__class__ = Tapped
+    tap(part, shown)
