@@ -3,7 +3,7 @@
 from jaxopt_llm.calibrate.factor import MOST_DAMPING, inverse_factor
 from jaxopt_llm.calibrate.method import LayerWeights, Method
 from jaxopt_llm.calibrate.statistics import INPUTS, Statistics, Wants, inputs
-from jaxopt_llm.calibrate.text import calibration_ids
+from jaxopt_llm.calibrate.text import calibration_ids, continued
 from jaxopt_llm.calibrate.walk import layer_weights, walk
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Statistics",
     "Wants",
     "calibration_ids",
+    "continued",
     "inputs",
     "inverse_factor",
     "layer_weights",

@@ -1,10 +1,12 @@
 """What a model is calibrated on: pieces of a text, or what the model itself says."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxopt_llm.engine import SamplingParams, generate
+from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
 from jaxopt_llm.models import Transformer
 from jaxopt_llm.text import Tokenizer
 
@@ -60,14 +62,45 @@ def _sampled(model: Transformer, sequences: int, length: int, seed: int) -> Int[
     start = [] if config.bos_id is None else [config.bos_id]
     first = jax.random.randint(jax.random.key(seed), (sequences,), 0, config.vocab_size)
     prompts = [[*start, int(token)] for token in first]
-    wanted = length - len(prompts[0])
+    return np.asarray(continued(model, prompts, length=length, seed=seed, ignore_eos=True), np.int32)
+
+
+def continued(
+    model: Transformer,
+    prompts: Sequence[list[int]],
+    *,
+    length: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    ignore_eos: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Beginnings as a model goes on with them.
+
+    Args:
+      model: any model.
+      prompts: token ids.
+      length: tokens of each sequence at most, its beginning included.
+      temperature: 0 takes the likeliest token.
+      seed: of the first sequence; the next has the next.
+      ignore_eos: go on past the end of a sequence.
+      progress: called with (sequences done, of all).
+
+    Raises:
+      ValueError: for lengths beyond the context, or if the model gives no numbers.
+    """
     params = [
-        SamplingParams(max_tokens=wanted, temperature=1.0, ignore_eos=True, seed=seed + number)
-        for number in range(sequences)
+        SamplingParams(
+            max_tokens=length - len(prompt),
+            temperature=temperature,
+            seed=seed + number,
+            ignore_eos=ignore_eos,
+        )
+        for number, prompt in enumerate(prompts)
     ]
-    results = generate(model, None, prompts, params)
+    config = EngineConfig.fitting(model.config, requests=len(prompts), tokens=length)
+    results = Engine(model, None, config).generate(prompts, params, progress=progress)
     failed = next((result.error for result in results if result.error), None)
     if failed:
-        raise ValueError(f"the model cannot be sampled to calibrate it: {failed}")
-    rows = [prompt + result.token_ids for prompt, result in zip(prompts, results, strict=True)]
-    return np.asarray(rows, np.int32)
+        raise ValueError(f"the model cannot write text: {failed}")
+    return [prompt + result.token_ids for prompt, result in zip(prompts, results, strict=True)]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxopt_llm.calibrate import continued
 from jaxopt_llm.distill.config import OnPolicy, Written
 from jaxopt_llm.distill.data import Ids
 from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
@@ -33,21 +34,14 @@ def write(
       ValueError: if it has no first token to begin with, or lengths beyond the teacher's context.
     """
     prompts = _beginnings(teacher, settings, texts, np.random.default_rng(seed))
-    config = EngineConfig.fitting(teacher.config, requests=settings.sequences, tokens=settings.tokens)
-    results = Engine(teacher, None, config).generate(
+    return continued(
+        teacher,
         prompts,
-        [
-            SamplingParams(
-                max_tokens=settings.tokens - len(prompt), temperature=settings.temperature, seed=seed + number
-            )
-            for number, prompt in enumerate(prompts)
-        ],
+        length=settings.tokens,
+        temperature=settings.temperature,
+        seed=seed,
         progress=progress,
     )
-    failed = next((result.error for result in results if result.error), None)
-    if failed:
-        raise ValueError(f"the teacher cannot write text: {failed}")
-    return [prompt + list(result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
 
 
 def _beginnings(

@@ -58,14 +58,15 @@ def sensitivities(
         if quantizable(name, value.shape)
         for format in _fitting(chosen, name, value.shape[-1])
     ]
-    probe = _Probe(model, ids)
+    probe, found = _Probe(model, ids), Losses()
     for done, (name, format) in enumerate(wanted, start=1):
         if format not in kept.losses.setdefault(name, {}):
             kept.losses[name][format] = probe.loss(name, chosen[format])
             kept.write()
+        found.setdefault(name, {})[format] = kept.losses[name][format]
         if progress:
             progress(done, len(wanted))
-    return {name: {f: kept.losses[name][f] for n, f in wanted if n == name} for name, _ in wanted}
+    return found
 
 
 def _weights_alone(formats: Sequence[str]) -> dict[str, Format]:
