@@ -172,7 +172,6 @@ def test_a_reference_without_tokenizer(score, storyteller, tmp_path):
 
 def test_tasks(run_cli, storyteller, text, tmp_path):
     """Own ones; the figures are those that `evaluate.tasks` gives."""
-    pytest.importorskip("lm_eval")
     folder = harness_tasks.write(tmp_path)
     common = (
         "eval",

@@ -1,14 +1,13 @@
 """The engine as lm-evaluation-harness asks it: against log-likelihoods computed by hand from the model's logits."""
 
 import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 
 import jaxopt_llm as jo
 from jaxopt_llm.engine import Engine, EngineConfig
+from jaxopt_llm.evaluate import harness
 from tests import harness_tasks
-
-harness = pytest.importorskip("jaxopt_llm.evaluate.harness", exc_type=ModuleNotFoundError)
-from lm_eval.api.instance import Instance  # noqa: E402 - where it is installed
-from lm_eval.api.model import CachingLM  # noqa: E402
 
 CONTEXT = 64
 START = "Once upon a time, there was a little"

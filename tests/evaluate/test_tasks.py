@@ -7,9 +7,8 @@ import re
 import pytest
 
 import jaxopt_llm as jo
+from jaxopt_llm.evaluate import tasks
 from tests import harness_tasks
-
-tasks = pytest.importorskip("jaxopt_llm.evaluate.tasks", exc_type=ModuleNotFoundError)
 
 
 @pytest.fixture(scope="module")
