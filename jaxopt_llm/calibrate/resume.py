@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxopt_llm.calibrate.method import LayerWeights, Method
-from jaxopt_llm.checkpoints import read_weights, write_weights
+from jaxopt_llm.checkpoints import Offload, read_weights, write_weights
 from jaxopt_llm.checkpoints.atomic import atomic_file
 from jaxopt_llm.models import Transformer, weights
 
@@ -40,15 +40,17 @@ class Finished:
         else:
             with atomic_file(started) as file:
                 file.write(json.dumps(run, indent=1).encode())
+        self._offload = Offload(folder)
 
     def read(self, layer: int) -> LayerWeights | None:
-        """The weights of a layer, or None if it is not finished."""
+        """The weights of a layer, mapped from the disk; None if it is not finished."""
         path = self._path(layer)
-        return read_weights(path) if path.exists() else None
+        return self._offload.keep(read_weights(path)) if path.exists() else None
 
-    def write(self, layer: int, values: LayerWeights) -> None:
-        """Keeps a finished layer: whole or not at all."""
+    def write(self, layer: int, values: LayerWeights) -> LayerWeights:
+        """Keeps a finished layer, whole or not at all; the same weights, mapped from the disk."""
         write_weights(self._path(layer), values)
+        return self._offload.keep(values)
 
     def _path(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05d}.safetensors"

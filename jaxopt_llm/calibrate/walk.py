@@ -32,13 +32,16 @@ def walk(
 ) -> Transformer:
     """A copy of a model whose layers went through methods, one layer after another.
 
-    The hidden states of all sequences before one layer are held on the host, and nothing else of the text.
+    The hidden states of all sequences before one layer are held on the host, and nothing else of the text. With a
+    `directory`, and a model that was loaded with `offload`, a CPU holds the weights of one layer: those before it,
+    changed, and those after it lie on disk.
 
     Args:
       model: the original, which stays as it is; embedding, final norm and head are shared with it.
       ids: the calibration text, N sequences of T tokens.
       methods: each layer goes through all of them, in their order.
-      directory: where finished layers are kept: a walk that was interrupted goes on after the last of them.
+      directory: where finished layers are kept: a walk that was interrupted goes on after the last of them. What is
+        returned may be mapped from there, and can still be used when the directory is gone.
       progress: called with (layers done, of all).
 
     Raises:
@@ -53,11 +56,10 @@ def walk(
     for layer in range(config.num_layers):
         done = finished.read(layer) if finished else None
         if done is None:
-            model = _through_methods(model, layer, hidden, methods)
+            done = layer_weights(_through_methods(model, layer, hidden, methods), layer)
             if finished:
-                finished.write(layer, layer_weights(model, layer))
-        else:
-            model = _with_layer(model, layer, done)
+                done = finished.write(layer, done)
+        model = _with_layer(model, layer, done)
         if layer + 1 < config.num_layers:
             _advance(model, layer, hidden)
         if progress:

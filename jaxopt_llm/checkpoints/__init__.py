@@ -16,6 +16,7 @@ from jaxopt_llm.checkpoints.loader import (
     read_tokenizer,
     stored_bytes,
 )
+from jaxopt_llm.checkpoints.offload import Offload
 from jaxopt_llm.checkpoints.orbax import is_checkpoint as is_own
 from jaxopt_llm.checkpoints.orbax import save
 from jaxopt_llm.checkpoints.parts import read_weights, write_weights
@@ -26,6 +27,7 @@ __all__ = [
     "ALIASES",
     "Adapter",
     "CheckpointError",
+    "Offload",
     "default_dtype",
     "export_adapter",
     "export_gguf",

@@ -1,7 +1,9 @@
 """From files to devices: rows are read, rounded and placed a piece at a time, shard by shard on a mesh."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax.sharding import Sharding as ArraySharding
 
 from jaxopt_llm.checkpoints.files import aligned
 from jaxopt_llm.checkpoints.located import Located
+from jaxopt_llm.checkpoints.offload import Offload
 from jaxopt_llm.kernels import Format, QArray, Weight
 from jaxopt_llm.models import ParamSpec, shardings
 from jaxopt_llm.sharding import Sharding
@@ -31,6 +34,7 @@ def place(
     rounding: Format | None = None,
     native: bool = False,
     sharding: Sharding | None = None,
+    offload: Offload | None = None,
 ) -> Weight:
     """Reads a parameter to its devices.
 
@@ -42,30 +46,45 @@ def place(
       rounding: quantize to this format while reading.
       native: keep the file's own codes and scales where it has some.
       sharding: a mesh and its rules; None for the default device.
+      offload: where it lies on disk, mapped by the default device, a CPU.
     """
     shape = source.shape
+    build = functools.partial(_build, name, spec, sharding=sharding, offload=offload)
     if native and source.native and source.form:
         codes, empty = source.native, source.form.shapes(shape)
-        return _build(name, spec, empty, lambda a, b: [x for x in codes(a, b) if x is not None], sharding)
+        return build(empty, lambda a, b: [x for x in codes(a, b) if x is not None])
     if rounding is not None:
         rounding.check(shape[-1], name)
         read = lambda a, b: jax.tree.leaves(rounding.quantize(source.read(a, b, np.float32)))
-        return _build(name, spec, rounding.shapes(shape), read, sharding)
-    return _build(name, spec, Leaf(shape, dtype), lambda a, b: [source.read(a, b, dtype)], sharding)
+        return build(rounding.shapes(shape), read)
+    return build(Leaf(shape, dtype), lambda a, b: [source.read(a, b, dtype)])
 
 
-def _build(name: str, spec: ParamSpec, empty: Leaf | QArray, read: Read, sharding: Sharding | None) -> Weight:
+def _build(
+    name: str,
+    spec: ParamSpec,
+    empty: Leaf | QArray,
+    read: Read,
+    *,
+    sharding: Sharding | None,
+    offload: Offload | None,
+) -> Weight:
     leaves, treedef = jax.tree.flatten(empty)
     if sharding is None:
-        arrays = [jax.device_put(buffer) for buffer in _read_whole(leaves, read)]  # on a CPU without a copy
+        buffers = _read_whole(leaves, read, offload.array if offload else aligned)
+        arrays = [jax.device_put(buffer) for buffer in buffers]  # on a CPU without a copy
+        if offload:
+            offload.release()
     else:
         targets = jax.tree.leaves(shardings(spec, empty, sharding, name))
         arrays = _read_shards(leaves, read, targets)
     return jax.tree.unflatten(treedef, arrays)
 
 
-def _read_whole(leaves: Sequence[Leaf], read: Read) -> list[np.ndarray]:
-    buffers = [aligned(leaf.shape, leaf.dtype) for leaf in leaves]
+def _read_whole(
+    leaves: Sequence[Leaf], read: Read, allocate: Callable[[Sequence[int], Any], np.ndarray]
+) -> list[np.ndarray]:
+    buffers = [allocate(leaf.shape, leaf.dtype) for leaf in leaves]
     for first, last in _chunks((0, leaves[0].shape[0]), leaves[0].shape):
         for buffer, part in zip(buffers, read(first, last), strict=True):
             buffer[first:last] = part

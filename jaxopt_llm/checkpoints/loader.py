@@ -14,6 +14,7 @@ from jaxopt_llm.checkpoints import gguf as gguf_file
 from jaxopt_llm.checkpoints.adapters import Adapter, changed, load_adapter
 from jaxopt_llm.checkpoints.files import CheckpointError, TensorSource, refuse_pickles
 from jaxopt_llm.checkpoints.located import Located
+from jaxopt_llm.checkpoints.offload import Offload
 from jaxopt_llm.checkpoints.resolve import resolve
 from jaxopt_llm.kernels import Weight, quantization_format
 from jaxopt_llm.models import (
@@ -23,6 +24,8 @@ from jaxopt_llm.models import (
     from_params,
     quantizable,
     specs,
+    weights,
+    with_weights,
 )
 from jaxopt_llm.sharding import MeshSpec, Sharding
 from jaxopt_llm.text import Tokenizer
@@ -37,6 +40,7 @@ def load(
     quantize: str | None = None,
     mesh: str | MeshSpec | jax.sharding.Mesh | None = None,
     adapter: str | Path | Adapter | None = None,
+    offload: str | Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
     """Loads a checkpoint, mapping its files and placing tensor by tensor.
@@ -56,6 +60,8 @@ def load(
         `tensor` and `expert` split the model. `data` leaves it whole on each of its devices, for a program of
         your own that splits the batch; `generate` and `evaluate` do not.
       adapter: one in PEFT's format, or where it lies: merged while the weights are read, before they are rounded.
+      offload: a folder on a disk with room for the model, whose parameters are then mapped from a file there instead
+        of held: for a model larger than memory on the CPU. The file has no name, and goes with the model.
       progress: called with (parameters placed, of all).
 
     Returns:
@@ -74,6 +80,9 @@ def load(
         raise ValueError(
             'dtype="native" keeps the file\'s own codes, and an adapter changes them; use quantize'
         )
+    if offload is not None and (mesh is not None or jax.default_backend() != "cpu"):
+        raise ValueError("offload maps parameters into a CPU's memory; drop it on an accelerator or a mesh")
+    disk = None if offload is None else Offload(offload)
     own = load_adapter(adapter) if isinstance(adapter, str | Path) else adapter
     chosen = default_dtype() if dtype is None or native else float_dtype(dtype)
     if orbax.is_checkpoint(path):
@@ -83,7 +92,10 @@ def load(
             )
         sharding = None if mesh is None else mesh_sharding(mesh, orbax.read_config(path))
         model = orbax.load(path, dtype=None if dtype is None else chosen, sharding=sharding)
-        return (own.merge(model) if own else model), read_tokenizer(path)
+        model = own.merge(model) if own else model
+        if disk:
+            model = with_weights(model, {name: disk.keep(value) for name, value in weights(model).items()})
+        return model, read_tokenizer(path)
     with _open(path) as files:
         config, locate = _read_config(files, path)
         wanted = specs(abstract(config, chosen))
@@ -95,10 +107,10 @@ def load(
             if not config.tied:
                 located.setdefault("head.weight", located["embed.weight"])
             located |= {name: changed(located[name], change) for name, change in changes.items()}
-        weights: dict[str, Weight] = {}
+        values: dict[str, Weight] = {}
         placed, total = 0, sum(_size(entry) for entry in located.values())
         for name, entry in located.items():
-            weights[name] = assemble.place(
+            values[name] = assemble.place(
                 name,
                 wanted[name],
                 entry,
@@ -106,11 +118,12 @@ def load(
                 rounding=rounding if quantizable(name, entry.shape) else None,
                 native=native,
                 sharding=sharding,
+                offload=disk,
             )
             placed += _size(entry)
             if progress:
                 progress(placed, total)
-        return from_params(config, weights, dtype=chosen), _tokenizer(files, path)
+        return from_params(config, values, dtype=chosen), _tokenizer(files, path)
 
 
 def default_dtype() -> jnp.dtype:

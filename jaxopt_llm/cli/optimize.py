@@ -8,6 +8,7 @@ interruption the same command goes on.
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from jaxopt_llm import checkpoints, configs
@@ -16,7 +17,7 @@ from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import ADAPTER, CONFIG, DTYPE, JSON, MESH, MODEL, OUT, SET, TEXT
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import read_text, stages
-from jaxopt_llm.cli.writing import out_path
+from jaxopt_llm.cli.writing import existing_parent, out_path
 from jaxopt_llm.optimize import Outcome, Recipe, optimize
 
 CALIBRATION = flags.DEFINE_string(
@@ -55,7 +56,13 @@ def main(argv: Sequence[str]) -> None:
     text = None if TEXT.value is None else read_text(TEXT.value)
     calibration = None if CALIBRATION.value is None else read_text(CALIBRATION.value)
     source = checkpoints.resolve(MODEL.value)
-    model, tokenizer = load(MODEL.value, dtype=DTYPE.value, mesh=MESH.value, adapter=ADAPTER.value)
+    model, tokenizer = load(
+        MODEL.value,
+        dtype=DTYPE.value,
+        mesh=MESH.value,
+        adapter=ADAPTER.value,
+        offload=existing_parent(out) if MESH.value is None and jax.default_backend() == "cpu" else None,
+    )
     with stages("steps") as report:
         outcome = optimize(
             model,

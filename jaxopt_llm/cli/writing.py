@@ -31,8 +31,13 @@ def out_path(given: str, *, marker: str | None) -> Path:
     return out
 
 
+def existing_parent(out: Path) -> Path:
+    """The innermost folder around a path that is there."""
+    return next(place for place in Path(os.path.realpath(out)).parents if place.exists())
+
+
 def _check_parent(out: Path) -> None:
-    parent = next(place for place in Path(os.path.realpath(out)).parents if place.exists())
+    parent = existing_parent(out)
     if not parent.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "a file, so no directory can be made below it", str(parent))
     if not os.access(parent, os.W_OK):
