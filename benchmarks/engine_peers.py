@@ -5,7 +5,7 @@
 PYTHON has llama-cpp-python, PYTHON2 openvino-genai; DIR holds their forms of the model: `q8_0.gguf`, `q4_0.gguf`,
 `openvino-int8/`, `openvino-int4/`. Each round runs every engine once, so that a busy moment meets all; figures are
 medians over the rounds, with the load before each. llama.cpp collapses when its threads are disturbed: run it on an
-idle machine. Writes benchmarks/results/engine_peers.json.
+idle machine. Writes benchmarks/results/engine_peers.json, or that of another --name.
 """
 
 import json
@@ -25,6 +25,7 @@ from benchmarks.record import data_folder, record
 
 _MODELS = flags.DEFINE_string("models", None, "Folder of q8_0.gguf and q4_0.gguf.", required=True)
 _OPENVINO = flags.DEFINE_string("openvino", None, "Python interpreter with openvino-genai.")
+_NAME = flags.DEFINE_string("name", Path(__file__).stem, "Of the file with the result.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of every engine.", lower_bound=1)
 
 OURS = {
@@ -96,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
         for key, value in medians[other].items()
     }
     found = {"peers": versions(), "medians": medians, "ratios": ratios, "runs": runs, "loads_before": loads}
-    record(Path(__file__).stem, found)
+    record(_NAME.value, found)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from absl import app, flags
 from rich.console import Console
 
 import jaxopt_llm as jo
-from benchmarks.record import RESULTS, data_folder, record
+from benchmarks.record import data_folder, record, recorded
 from jaxopt_llm import distill, evaluate, prune
 from jaxopt_llm.calibrate import calibration_ids
 from jaxopt_llm.models import Transformer, from_params, specs
 
+_NAME = Path(__file__).stem
 _RUNS = flags.DEFINE_list("runs", ["distilled", "cross_entropy", "scratch"], "Which to make.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Of each run.")
 _STEPS = flags.DEFINE_integer("steps", 150, "Of 1,024 tokens; the bounds are of 150.", lower_bound=1)
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     calibration = calibration_ids(teacher, tokenizer, read["train"])
     kept = prune.choose(prune.importance(teacher, calibration), teacher.config, _SHAPE)
     pruned = prune.reconstruct(teacher, kept, calibration)
-    place = RESULTS / "healing.json"
+    earlier = recorded(_NAME)
     before = {
         "body_params": prune.body_params(pruned) / prune.body_params(teacher),
         **{f"teacher_{name}": perplexity(teacher, name) for name in held},
@@ -91,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
         **{f"reconstructed_{name}": perplexity(pruned, name) for name in held},
     }
     print(before, file=sys.stderr, flush=True)
-    rows = json.loads(place.read_text("utf-8"))["results"]["runs"] if place.exists() else []
+    rows = earlier["runs"] if earlier else []
     for seed in map(int, _SEEDS.value):
         for run in _RUNS.value:
             student = scratch(pruned, seed) if run == "scratch" else pruned
@@ -115,10 +116,7 @@ def main(argv: Sequence[str]) -> None:
             same = lambda other, row=row: all(other[name] == row[name] for name in ("run", "seed", "steps"))
             rows = [other for other in rows if not same(other)] + [row]
             broken = violations(rows)
-            record(
-                Path(__file__).stem,
-                {"reference": _REFERENCE, "before": before, "runs": rows, "beyond_bounds": broken},
-            )
+            record(_NAME, {"reference": _REFERENCE, "before": before, "runs": rows, "beyond_bounds": broken})
             Console(stderr=True).print(row)
     sys.exit(bool(broken))
 

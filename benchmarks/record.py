@@ -50,6 +50,12 @@ def record(name: str, results: Any) -> None:
     print(json.dumps(results, indent=1))
 
 
+def recorded(name: str) -> Any:
+    """Results that `record` wrote under this name; None if there are none."""
+    place = RESULTS / f"{name}.json"
+    return json.loads(place.read_text("utf-8"))["results"] if place.exists() else None
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
