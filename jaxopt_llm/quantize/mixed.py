@@ -1,8 +1,9 @@
 """Mixed precision: a format for each matrix, by what rounding it was measured to cost, within a budget of bytes."""
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +11,11 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxopt_llm.kernels import quantization_format
-from jaxopt_llm.models import Transformer, flat_params, num_params, specs
+from jaxopt_llm.calibrate import LayerWeights, Statistics, Wants
+from jaxopt_llm.kernels import QArray, quantization_format
+from jaxopt_llm.models import ModelConfig, Transformer, flat_params, num_params, specs, weights
+from jaxopt_llm.quantize.gptq import GPTQ
+from jaxopt_llm.quantize.layerwise import layerwise
 from jaxopt_llm.quantize.rtn import quantize
 from jaxopt_llm.quantize.rules import exact_rules
 from jaxopt_llm.quantize.sensitivity import Losses, Progress, sensitivities
@@ -32,24 +36,72 @@ def mixed(
     *,
     target_bits: float = 5.0,
     formats: Sequence[str] = MIXED,
+    sequences: int = 4,
+    gptq: GPTQ | None = GPTQ(),
     path: Path | None = None,
+    directory: Path | None = None,
     progress: Progress | None = None,
 ) -> Transformer:
-    """A copy of a model, each matrix rounded to nearest in the format that `allocate` gives it.
+    """A copy of a model, each matrix rounded in the format that `allocate` gives it.
 
     Args:
       model: with float weights.
-      ids: the calibration text that `sensitivities` measures on, N sequences of T tokens.
+      ids: the calibration text, N sequences of T tokens.
       target_bits: of everything that is stored, over the parameters.
       formats: to choose from.
+      sequences: the first so many are what `sensitivities` measures on.
+      gptq: how the layers' products are rounded, each in its own format in place of this one's, seeing all of the text;
+        None rounds to nearest, as embedding, head and experts always are.
       path: of the file that keeps what was measured, so that another budget needs no new pass.
-      progress: called with (figures measured, of all).
+      directory: where finished layers are kept (see `calibrate.walk`).
+      progress: called with (figures measured and layers rounded, of all).
 
     Raises:
-      ValueError: as `sensitivities` and `allocate`.
+      ValueError: as `sensitivities`, `allocate` and `layerwise`.
     """
-    losses = sensitivities(model, ids, formats, path=path, progress=progress)
-    return quantize(model, None, rules=exact_rules(allocate(model, losses, target_bits=target_bits)))
+    layers = model.config.num_layers if gptq else 0
+    tell = progress or (lambda done, total: None)
+    losses = sensitivities(
+        model, ids[:sequences], formats, path=path, progress=lambda done, total: tell(done, total + layers)
+    )
+    chosen = allocate(model, losses, target_bits=target_bits)
+    if gptq:
+        figures = sum(map(len, losses.values()))
+        model = layerwise(
+            model,
+            ids,
+            [_Allocated(gptq=gptq, formats=tuple(sorted(chosen.items())))],
+            rest=None,
+            directory=directory,
+            progress=lambda done, total: tell(figures + done, figures + total),
+        )
+    left = {
+        name: chosen[name]
+        for name, value in weights(model).items()
+        if name in chosen and not isinstance(value, QArray)
+    }
+    return quantize(model, None, rules=exact_rules(left))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Allocated:
+    """GPTQ in a format of each matrix's own."""
+
+    gptq: GPTQ
+    formats: tuple[tuple[str, str], ...]
+
+    def wants(self, config: ModelConfig, layer: int) -> tuple[Wants, ...]:
+        return self.gptq.wants(config, layer)
+
+    def apply(
+        self, config: ModelConfig, layer: int, weights: LayerWeights, statistics: Mapping[str, Statistics]
+    ) -> dict[str, QArray]:
+        formats = dict(self.formats)
+        rounded: dict[str, QArray] = {}
+        for product, found in statistics.items():
+            own = dataclasses.replace(self.gptq, format=formats[f"layers.{layer}.{product}.weight"])
+            rounded |= own.apply(config, layer, weights, {product: found})
+        return rounded
 
 
 def allocate(model: Transformer, losses: Losses, *, target_bits: float) -> dict[str, str]:

@@ -238,6 +238,7 @@ def test_without_the_extra_a_recipe_says_so(monkeypatch):
     [
         ({"target_bits": 0.0}, r"target_bits=0\.0 must be above 0"),
         ({"formats": ()}, "formats is empty"),
+        ({"sequences": 0}, "sequences=0 must be at least 1"),
         ({"formats": ("int5",)}, "unknown quantization 'int5'"),
     ],
 )

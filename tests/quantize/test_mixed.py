@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 import jaxopt_llm as jo
 from jaxopt_llm.kernels import QArray, quantization_format
 from jaxopt_llm.models import abstract, bits_per_parameter, weights, with_weights
-from jaxopt_llm.quantize import allocate, assign, exact_rules, mixed, sensitivities
+from jaxopt_llm.quantize import GPTQ, allocate, assign, exact_rules, layerwise, mixed, sensitivities
 from jaxopt_llm.quantize.sensitivity import _Probe
 from tests.engine import oracle
 
@@ -69,9 +70,34 @@ def test_another_budget_needs_no_new_pass(model, ids, measured, monkeypatch):
     assert json.loads(path.read_text())["losses"] == losses
     monkeypatch.setattr(_Probe, "loss", lambda *_: pytest.fail("measured again"))
     assert sensitivities(model, ids, FORMATS, path=path) == losses
-    small = mixed(model, ids, target_bits=5.5, formats=FORMATS, path=path)
+    small = mixed(model, ids, target_bits=5.5, formats=FORMATS, gptq=None, path=path)
     assert 5.2 < bits_per_parameter(small) <= 5.5
     assert {w.bits for w in weights(small).values() if isinstance(w, QArray)} == {3, 8}
+
+
+def test_products_go_through_gptq_each_in_its_format(model, ids, measured, tmp_path):
+    """A budget for one format alone is GPTQ in that format; one between gives each matrix its own."""
+    told = []
+    options = {"formats": FORMATS, "path": measured[1]}
+    sizes = {"int3_g64_zero": 3.7, "int8_g64": 16.0}
+    small = {f: weights(mixed(model, ids, target_bits=bits, **options)) for f, bits in sizes.items()}
+    for format, found in small.items():
+        same(found, weights(layerwise(model, ids, [GPTQ(format=format)], rest=format)))
+    between = mixed(
+        model, ids, target_bits=5.5, **options, directory=tmp_path, progress=lambda *parts: told.append(parts)
+    )
+    assert bits_per_parameter(between) <= 5.5
+    chosen = allocate(model, measured[0], target_bits=5.5)
+    assert {name: w.bits for name, w in weights(between).items() if name in chosen} == {
+        name: quantization_format(format).bits for name, format in chosen.items()
+    }
+    assert told[-1] == (34, 34)
+
+
+def same(found, expected):
+    for name, value in found.items():
+        for ours, theirs in zip(jax.tree.leaves(value), jax.tree.leaves(expected[name]), strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=name)
 
 
 def test_an_interrupted_pass_goes_on(model, ids, measured, tmp_path, monkeypatch):
