@@ -1,7 +1,7 @@
 """Floor 5: how good a model is, with the error of the figure, and how fast."""
 
 from jaxopt_llm.evaluate.layers import layer_errors, layers_correspond
-from jaxopt_llm.evaluate.quality import Comparison, Perplexity, Reading, compare, perplexity
+from jaxopt_llm.evaluate.quality import Comparison, Perplexity, Reading, Reference, compare, perplexity
 from jaxopt_llm.evaluate.timing import Speed, Spread, check_lengths, read_bandwidth, speed
 from jaxopt_llm.evaluate.windows import check_sizes, check_text
 
@@ -9,6 +9,7 @@ __all__ = [
     "Comparison",
     "Perplexity",
     "Reading",
+    "Reference",
     "Speed",
     "Spread",
     "check_lengths",

@@ -14,12 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxopt_llm.evaluate.estimate import Estimate, Interval
 from jaxopt_llm.evaluate.windows import Ids, Windows, check_sizes, cut
-from jaxopt_llm.models import Batch, Transformer, as_run
+from jaxopt_llm.models import Batch, Transformer, as_run, without_layers
 from jaxopt_llm.text import Tokenizer
 
 _LOGITS = 2**24  # of each model held at once: 64 MB in float32
 
 Progress = Callable[[int, int], None]
+_Read = Callable[[Int[np.ndarray, "T"]], Float[Any, "T D"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,13 +110,40 @@ def perplexity(model: Transformer, ids: Ids, **reading: Unpack[Reading]) -> Perp
     return found
 
 
-def compare(model: Transformer, reference: Transformer, ids: Ids, **reading: Unpack[Reading]) -> Comparison:
+class Reference:
+    """A model that others are compared with, over the same text: it reads each window once.
+
+    What is kept is its hidden state before the head, `4 * d_model` bytes a token.
+
+    Args:
+      model: any.
+    """
+
+    def __init__(self, model: Transformer):
+        self.model = model
+        self._states: dict[bytes, Float[np.ndarray, "T D"]] = {}
+
+    def reading(self, read: _Read) -> _Read:
+        """The same as `read`, but each window once."""
+
+        def known(tokens: Int[np.ndarray, "T"]) -> Float[np.ndarray, "T D"]:
+            key = tokens.tobytes()
+            if key not in self._states:
+                self._states[key] = np.asarray(read(tokens))
+            return self._states[key]
+
+        return known
+
+
+def compare(
+    model: Transformer, reference: Transformer | Reference, ids: Ids, **reading: Unpack[Reading]
+) -> Comparison:
     """How far `model` lies from `reference` on a text, read as `Reading` has it.
 
     Raises:
       ValueError: as `perplexity`, and for models with different vocabularies.
     """
-    ours, theirs = model.config.vocab_size, reference.config.vocab_size
+    ours, theirs = model.config.vocab_size, _whole(reference).config.vocab_size
     if ours != theirs:
         raise ValueError(
             f"the model has a vocabulary of {ours} tokens and the reference one of {theirs}; "
@@ -139,7 +167,7 @@ def compare(model: Transformer, reference: Transformer, ids: Ids, **reading: Unp
 
 
 def _measure(
-    models: Sequence[Transformer],
+    models: Sequence[Transformer | Reference],
     ids: Ids,
     *,
     window: int = 1024,
@@ -148,7 +176,7 @@ def _measure(
     **sizes: Any,
 ) -> tuple[Any, Windows, list[Perplexity]]:
     """`_Scores` of NumPy arrays `[W, T]`, the windows they are of, and each model's perplexity."""
-    plan = _plan(models, ids, window=window, **sizes)
+    plan = _plan([_whole(model) for model in models], ids, window=window, **sizes)
     scores = _run(models, plan, progress)
     return scores, plan, [_perplexity(nll, plan, tokenizer) for nll in scores.nll]
 
@@ -173,23 +201,44 @@ class _Scores:
     same_top: Bool[Array, "*T"] | None
 
 
-def _run(models: Sequence[Transformer], plan: Windows, progress: Progress | None) -> Any:
+def _whole(model: Transformer | Reference) -> Transformer:
+    return model.model if isinstance(model, Reference) else model
+
+
+def _run(models: Sequence[Transformer | Reference], plan: Windows, progress: Progress | None) -> Any:
     """`_Scores` of NumPy arrays `[W, T]`, a window at a time."""
-    graphs, params = zip(*(nnx.split(as_run(model)) for model in models), strict=True)
+    readers = [_reader(model) for model in models]
+    graphs, heads = zip(*(nnx.split(as_run(without_layers(_whole(model)))) for model in models), strict=True)
     rows: list[_Scores] = []
     for tokens in plan.tokens:
-        rows.append(jax.device_get(_score(graphs, params, tokens)))
+        hidden = tuple(read(tokens) for read in readers)
+        rows.append(jax.device_get(_score(graphs, heads, hidden, tokens)))
         if progress:
             progress(len(rows), len(plan.tokens))
     return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
 
 
+def _reader(model: Transformer | Reference) -> _Read:
+    """What gives the hidden states of a window before the head; the model is packed when the first is read."""
+    parts = functools.cache(lambda: nnx.split(as_run(_whole(model))))
+    read = lambda tokens: _hidden(*parts(), tokens)
+    return model.reading(read) if isinstance(model, Reference) else read
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _score(graphs: tuple[nnx.GraphDef, ...], params: tuple[Any, ...], tokens: Int[Array, "T"]) -> _Scores:
-    """Each position's prediction of the token after it, by every model."""
-    models = [nnx.merge(*parts) for parts in zip(graphs, params, strict=True)]
-    batch = Batch.dense(tokens[None])
-    hidden = tuple(model.forward(batch, None)[0] for model in models)
+def _hidden(graph: nnx.GraphDef, params: Any, tokens: Int[Array, "T"]) -> Float[Array, "T D"]:
+    return nnx.merge(graph, params).forward(Batch.dense(tokens[None]), None)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(
+    graphs: tuple[nnx.GraphDef, ...],
+    heads: tuple[Any, ...],
+    hidden: tuple[Float[Any, "T D"], ...],
+    tokens: Int[Array, "T"],
+) -> _Scores:
+    """Each position's prediction of the token after it, by every model's head."""
+    models = [nnx.merge(*parts) for parts in zip(graphs, heads, strict=True)]
 
     def score(part: tuple[tuple[Array, ...], Array]) -> _Scores:
         hidden, targets = part

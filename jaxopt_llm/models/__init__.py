@@ -20,6 +20,7 @@ from jaxopt_llm.models.params import (
     shardings,
     specs,
     with_weights,
+    without_layers,
 )
 from jaxopt_llm.models.transformer import Transformer
 
@@ -53,4 +54,5 @@ __all__ = [
     "specs",
     "weights",
     "with_weights",
+    "without_layers",
 ]

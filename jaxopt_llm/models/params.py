@@ -111,6 +111,13 @@ def with_weights(model: Transformer, values: Mapping[str, Weight | jax.ShapeDtyp
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+def without_layers(model: Transformer) -> Transformer:
+    """The embedding, final norm and head of a model, which are shared with it."""
+    top = nnx.merge(*nnx.split(model))
+    top.layers = nnx.List([])
+    return top
+
+
 def apply(graph: nnx.GraphDef, params: Any, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T V"]:
     """Logits as a pure function: `graph, params = nnx.split(model)`."""
     return nnx.merge(graph, params)(tokens)

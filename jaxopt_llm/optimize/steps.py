@@ -41,6 +41,7 @@ class Steps:
         progress: Progress,
     ):
         self._original, self._tokenizer, self._recipe = original, tokenizer, recipe
+        self._reference = evaluate.Reference(original)
         self._text, self._calibration, self._progress = text, calibration, progress
         size = recipe.calibration
         sample = functools.partial(
@@ -90,7 +91,7 @@ class Steps:
         measure = self._recipe.measure
         return evaluate.compare(
             model,
-            self._original,
+            self._reference,
             self._tokenizer.encode(self._text, add_special=False),
             window=measure.window,
             windows=measure.windows,

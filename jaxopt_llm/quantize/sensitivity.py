@@ -16,7 +16,7 @@ from jaxopt_llm.calibrate.resume import origin, refuse_another
 from jaxopt_llm.calibrate.walk import check_ids, through
 from jaxopt_llm.checkpoints.atomic import atomic_file
 from jaxopt_llm.kernels import Format, QArray, quantization_format
-from jaxopt_llm.models import Transformer, quantizable, weights, with_weights
+from jaxopt_llm.models import Transformer, quantizable, weights, with_weights, without_layers
 
 _ROWS = 64  # of logits that exist at once
 
@@ -124,7 +124,9 @@ class _Probe:
         floats = value.dequantize() if isinstance(value, QArray) else value
         rounded = format.quantize(floats).dequantize(floats.dtype)
         changed = with_weights(self.model, {name: rounded})
-        found = float(_kld(*_top(changed), _top(self.model)[1], self._after(changed, name), self.states[-1]))
+        graph, params = nnx.split(without_layers(changed))
+        _, original = nnx.split(without_layers(self.model))
+        found = float(_kld(graph, params, original, self._after(changed, name), self.states[-1]))
         if not np.isfinite(found):
             raise ValueError(
                 f"the KL divergence with {name} rounded is {found}; load the model in a dtype of a wider range, "
@@ -150,13 +152,6 @@ def _layer_that_reads(name: str, last: int) -> int:
         case "head", *_:
             return last
     return 0
-
-
-def _top(model: Transformer) -> tuple[nnx.GraphDef, Any]:
-    """The model without its layers."""
-    top = nnx.merge(*nnx.split(model))
-    top.layers = nnx.List([])
-    return nnx.split(top)
 
 
 @functools.partial(jax.jit, static_argnums=0)

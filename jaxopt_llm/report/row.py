@@ -29,6 +29,10 @@ class Subject:
     tokenizer: Tokenizer
     path: Path | None = None
 
+    @functools.cached_property
+    def as_reference(self) -> evaluate.Reference:
+        return evaluate.Reference(self.model)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
@@ -124,7 +128,7 @@ def _quality(subject: Subject, reference: Subject | None, text: str, reading: Re
     ids = subject.tokenizer.encode(text, add_special=False)
     if reference is None or not _reads_alike(subject, reference, text, ids):
         return _own(subject, evaluate.perplexity(subject.model, ids, **reading))
-    found = evaluate.compare(subject.model, reference.model, ids, **reading)
+    found = evaluate.compare(subject.model, reference.as_reference, ids, **reading)
     row = _beside(_own(subject, found.perplexity), found)
     if not evaluate.layers_correspond(subject.model, reference.model):
         return row

@@ -14,7 +14,7 @@ import jaxopt_llm as jo
 from jaxopt_llm import evaluate
 from jaxopt_llm.checkpoints import mesh_sharding
 from jaxopt_llm.evaluate import quality
-from jaxopt_llm.models import abstract, place, weights, with_weights
+from jaxopt_llm.models import abstract, place, weights, with_weights, without_layers
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,18 @@ def test_comparison_is_what_its_definition_gives(model, coarse, ids):
         assert part.tokens == expected.tokens
 
 
+def test_a_reference_reads_each_window_once(model, coarse, ids, monkeypatch):
+    reference = evaluate.Reference(model)
+    first = evaluate.compare(coarse, reference, ids[:128], window=64)
+    plain = evaluate.compare(coarse, model, ids[:128], window=64)
+    np.testing.assert_array_equal(first.token_kld, plain.token_kld)
+    read, hidden = [], quality._hidden
+    monkeypatch.setattr(quality, "_hidden", lambda *parts: read.append(parts[-1]) or hidden(*parts))
+    second = evaluate.compare(coarse, reference, ids[:190], window=64)
+    np.testing.assert_array_equal(second.token_kld[: len(first.token_kld)], first.token_kld)
+    assert len(read) == 3 + 1  # the model's three windows, and the reference's new one
+
+
 def test_a_model_does_not_differ_from_itself(model, ids):
     found = evaluate.compare(model, model, ids[:64], window=64)
     assert (found.kld_mean, found.same_top_p) == (0.0, 1.0)
@@ -136,9 +148,11 @@ def test_chunks_do_not_change_figures(model, coarse, ids, monkeypatch):
 def test_no_intermediate_is_larger_than_a_chunk_of_logits(model):
     """Gemma's vocabulary: [T, V] would be sixteen times the limit."""
     wide = abstract(dataclasses.replace(model.config, vocab_size=262_144, max_seq_len=1024))
-    graph, params = nnx.split(wide)
+    graph, params = nnx.split(without_layers(wide))
     tokens = jax.ShapeDtypeStruct((1024,), jnp.int32)
-    traced = jax.make_jaxpr(quality._score, static_argnums=0)((graph,) * 2, (params,) * 2, tokens)
+    hidden = jax.ShapeDtypeStruct((1024, wide.config.d_model), jnp.float32)
+    score = jax.make_jaxpr(quality._score, static_argnums=0)
+    traced = score((graph,) * 2, (params,) * 2, (hidden,) * 2, tokens)
     assert max(intermediates(traced.jaxpr)) == quality._LOGITS
 
 
