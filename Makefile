@@ -30,7 +30,7 @@ CUDA_JAX := 0.12.0.*
 
 bin := .venv/bin
 pip := -m pip install --quiet --disable-pip-version-check
-pytest := -m pytest --numprocesses=$(WORKERS) --dist=loadfile
+pytest := -m pytest --numprocesses=$(WORKERS) --dist=loadfile --durations=25
 
 .PHONY: demo test check parity verify test-cuda clean
 .DELETE_ON_ERROR:
