@@ -90,7 +90,8 @@ def measure(names: Sequence[str]) -> Iterator[dict[str, Any]]:
     train = (folder / "wiki.train.first1mb.noblank.raw").read_text(encoding="utf-8")
     seen = calibration_ids(model, tokenizer, train, sequences=16, length=512)
     sample = jnp.asarray(ids[:256])[None]
-    moved = float(jnp.abs(loaded(sample) - model(sample)).max())
+    before, after = loaded(sample), model(sample)
+    moved = float((jnp.abs(after - before) / (1 + jnp.abs(before))).max())  # as allclose has it, rtol = atol
     earlier = recorded(_NAME)
     schemes = earlier["schemes"] if earlier and earlier["windows"] == _WINDOWS.value else {}
     reference = evaluate.Reference(model)
