@@ -285,6 +285,11 @@ struct Weights {
   }
 };
 
+// Rows of a tile whose sums are computed in one pass over a block, which then lies in the first-level cache. Passes are
+// a loop: unrolled, the compiler would keep what one has made of the codes for the next, and not in registers.
+template <size_t kRows>
+constexpr size_t kTogether = kRows < simd::kSumRows ? kRows : simd::kSumRows;
+
 template <size_t kPanels, size_t kRows>
 JAXOPT_INLINE void add_minimum(const F32 (&minimum)[kPanels], const float* x_sum, F32 (&total)[kPanels][kRows]) {
   JAXOPT_UNROLL
@@ -309,7 +314,9 @@ template <class Form, size_t kPanels, size_t kRows, size_t kDigits>
 struct IntegerRows {
   // A dot waits for the one before it: with few rows a long run has several sums for the processor to work at.
   static constexpr size_t kSums = kDigits == 1 || kRows > 4 ? 1 : 4 / kRows;
-  using RowSums = I32[kSums][kDigits];
+  using RowSums = simd::Sum<typename Form::Vector>[kSums][kDigits];
+  static constexpr size_t kPass = kTogether<kRows>;
+  static_assert(kDigits == 1 || kPass == kRows, "one pass over a run of many blocks");
 
   const int8_t* x;
   const float* scale;
@@ -324,19 +331,26 @@ struct IntegerRows {
 
   // Adds the products of a run of so many blocks.
   JAXOPT_INLINE void next(Weights<Form, kPanels>& weights, F32 (&total)[kPanels][kRows], size_t blocks) {
-    RowSums sum[kPanels][kRows];
-    JAXOPT_UNROLL
-    for (size_t r = 0; r < kRows; ++r) {
+    for (size_t first = 0; first < kRows; first += kPass) {
+      RowSums sum[kPanels][kPass];
       JAXOPT_UNROLL
-      for (size_t p = 0; p < kPanels; ++p) begin(sum[p][r], start + r);
-    }
-    for (size_t b = 0; b < (kDigits == 1 ? 1 : blocks); ++b) add_block(weights, sum);
-    JAXOPT_UNROLL
-    for (size_t r = 0; r < kRows; ++r) {
-      const F32 row_scale = simd::broadcast(scale[r]);
+      for (size_t r = 0; r < kPass; ++r) {
+        JAXOPT_UNROLL
+        for (size_t p = 0; p < kPanels; ++p) begin(sum[p][r], start + first + r);
+      }
+      for (size_t b = 0; b < (kDigits == 1 ? 1 : blocks); ++b) {
+        add_block(weights, x + first * kDigits * Form::kBlock, sum);
+        if (first + kPass == kRows) step(weights);
+      }
       JAXOPT_UNROLL
-      for (size_t p = 0; p < kPanels; ++p) {
-        total[p][r] = simd::fma(value(sum[p][r]), simd::mul(weights.scale[p], row_scale), total[p][r]);
+      for (size_t r = 0; r < kPass; ++r) {
+        const F32 row_scale = simd::broadcast(scale[first + r]);
+        JAXOPT_UNROLL
+        for (size_t p = 0; p < kPanels; ++p) {
+          const F32 sum_value = value(sum[p][r], start + first + r);
+          F32& own = total[p][first + r];
+          own = simd::fma(sum_value, simd::mul(weights.scale[p], row_scale), own);
+        }
       }
     }
     scale += kRows;
@@ -347,44 +361,48 @@ struct IntegerRows {
     JAXOPT_UNROLL
     for (size_t i = 0; i < kSums; ++i) {
       JAXOPT_UNROLL
-      for (size_t d = 0; d < kDigits; ++d) sums[i][d] = simd::broadcast(i == 0 ? start[d * kRows] : 0);
+      for (size_t d = 0; d < kDigits; ++d) simd::begin(sums[i][d], i == 0 ? start[d * kRows] : 0);
     }
   }
 
-  static JAXOPT_INLINE F32 value(const RowSums& sums) {
+  static JAXOPT_INLINE F32 value(const RowSums& sums, const int32_t* start) {
     F32 result;
     JAXOPT_UNROLL
     for (size_t d = 0; d < kDigits; ++d) {
-      I32 digit = sums[0][d];
+      I32 digit = simd::end(sums[0][d], start[d * kRows]);
       JAXOPT_UNROLL
-      for (size_t i = 1; i < kSums; ++i) digit = simd::add(digit, sums[i][d]);
+      for (size_t i = 1; i < kSums; ++i) digit = simd::add(digit, simd::end(sums[i][d], 0));
       const F32 next = simd::to_float(digit);
       result = d == 0 ? next : simd::fma(result, simd::broadcast(kBase), next);
     }
     return result;
   }
 
-  JAXOPT_INLINE void add_block(Weights<Form, kPanels>& weights, RowSums (&sum)[kPanels][kRows]) {
+  JAXOPT_INLINE void step(Weights<Form, kPanels>& weights) {
+    weights.next();
+    x += Form::kBlock * kRows * kDigits;
+  }
+
+  static JAXOPT_INLINE void add_block(const Weights<Form, kPanels>& weights, const int8_t* x,
+                                      RowSums (&sum)[kPanels][kPass]) {
     JAXOPT_UNROLL
     for (size_t k = 0; k < Form::kVectors; ++k) {
       typename Form::Vector vector[kPanels];
       JAXOPT_UNROLL
       for (size_t p = 0; p < kPanels; ++p) vector[p] = Form::vector(weights.codes[p], k);
       JAXOPT_UNROLL
-      for (size_t r = 0; r < kRows; ++r) {
+      for (size_t r = 0; r < kPass; ++r) {
         JAXOPT_UNROLL
         for (size_t d = 0; d < kDigits; ++d) {
           const simd::Four four = simd::four_inputs(x + (r * kDigits + d) * Form::kBlock + 4 * k);
           JAXOPT_UNROLL
           for (size_t p = 0; p < kPanels; ++p) {
-            I32& own = sum[p][r][k % kSums][d];
+            auto& own = sum[p][r][k % kSums][d];
             own = simd::dot(own, vector[p], four);
           }
         }
       }
     }
-    weights.next();
-    x += Form::kBlock * kRows * kDigits;
   }
 };
 
@@ -396,6 +414,7 @@ using DigitRows = IntegerRows<Form, kPanels, kRows, kDigitsOfFloat>;
 // Rows that are neither rounded nor digits.
 template <class Form, size_t kPanels, size_t kRows>
 struct PlainRows {
+  static constexpr size_t kPass = kTogether<kRows>;
   static constexpr size_t run = 1;
   const float* x;
   int32_t zero;
@@ -404,30 +423,35 @@ struct PlainRows {
       : x(reinterpret_cast<const float*>(tiles.x) + base * args.inputs), zero(args.nibble_zero()) {}
 
   JAXOPT_INLINE void next(Weights<Form, kPanels>& weights, F32 (&total)[kPanels][kRows], size_t) {
-    F32 sum[kPanels][kRows];
-    clear(sum);
-    JAXOPT_UNROLL
-    for (size_t k = 0; k < Form::kVectors; ++k) {
-      typename Form::Vector vector[kPanels];
+    for (size_t first = 0; first < kRows; first += kPass) {
+      F32 sum[kPanels][kPass];
+      clear(sum);
       JAXOPT_UNROLL
-      for (size_t p = 0; p < kPanels; ++p) vector[p] = Form::vector(weights.codes[p], k);
-      JAXOPT_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        F32 value[kPanels];
-        JAXOPT_UNROLL  // `code` is looked up with its argument: where rows are digits there is none
-        for (size_t p = 0; p < kPanels; ++p) value[p] = code(vector[p], j, zero);
+      for (size_t k = 0; k < Form::kVectors; ++k) {
+        typename Form::Vector vector[kPanels];
         JAXOPT_UNROLL
-        for (size_t r = 0; r < kRows; ++r) {
-          const F32 input = simd::broadcast(x[r * Form::kBlock + 4 * k + j]);
+        for (size_t p = 0; p < kPanels; ++p) vector[p] = Form::vector(weights.codes[p], k);
+        JAXOPT_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          F32 value[kPanels];
+          JAXOPT_UNROLL  // `code` is looked up with its argument: where rows are digits there is none
+          for (size_t p = 0; p < kPanels; ++p) value[p] = code(vector[p], j, zero);
           JAXOPT_UNROLL
-          for (size_t p = 0; p < kPanels; ++p) sum[p][r] = simd::fma(value[p], input, sum[p][r]);
+          for (size_t r = 0; r < kPass; ++r) {
+            const F32 input = simd::broadcast(x[(first + r) * Form::kBlock + 4 * k + j]);
+            JAXOPT_UNROLL
+            for (size_t p = 0; p < kPanels; ++p) sum[p][r] = simd::fma(value[p], input, sum[p][r]);
+          }
         }
       }
-    }
-    JAXOPT_UNROLL
-    for (size_t p = 0; p < kPanels; ++p) {
       JAXOPT_UNROLL
-      for (size_t r = 0; r < kRows; ++r) total[p][r] = simd::fma(sum[p][r], weights.scale[p], total[p][r]);
+      for (size_t p = 0; p < kPanels; ++p) {
+        JAXOPT_UNROLL
+        for (size_t r = 0; r < kPass; ++r) {
+          F32& own = total[p][first + r];
+          own = simd::fma(sum[p][r], weights.scale[p], own);
+        }
+      }
     }
     weights.next();
     x += Form::kBlock * kRows;

@@ -25,6 +25,7 @@ constexpr const char* kName = "avx512_vnni";
 // activation for each panel.
 constexpr size_t kTileRows[] = {8, 4, 2, 1};
 constexpr size_t kTilePanels = 2;
+constexpr size_t kSumRows = 8;  // whose sums of a block stay in registers
 // Vectors beside six rows in a tile of attention.
 constexpr size_t kTileVectors = 4;
 
@@ -128,6 +129,12 @@ inline Four four_inputs(const int8_t* x) {
   std::memcpy(&four, x, sizeof four);
   return {broadcast(four)};
 }
+// What the dots of a block with such codes are added to. An instruction set may have narrower sums for some: then it is
+// in the end that `start` is added.
+template <class Weights>
+using Sum = I32;
+inline void begin(I32& sum, int32_t start) { sum = broadcast(start); }
+inline I32 end(I32 sum, int32_t) { return sum; }
 // Each lane adds the products of its four codes with the four activations.
 inline I32 dot(I32 sum, Bytes w, Four x) { return _mm512_dpbusd_epi32(sum, w.v, x.v); }
 inline I32 dot(I32 sum, Nibbles w, Four x) { return _mm512_dpbusd_epi32(sum, w.v, x.v); }

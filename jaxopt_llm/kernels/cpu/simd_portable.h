@@ -18,6 +18,7 @@ inline void prefetch(const void*) {}
 constexpr const char* kName = "portable";
 constexpr size_t kTileRows[] = {4, 1};
 constexpr size_t kTilePanels = 1;
+constexpr size_t kSumRows = 4;
 constexpr size_t kTileVectors = 1;
 constexpr int kLanes = 16;
 
@@ -195,6 +196,10 @@ struct Four {
   int8_t v[4];
 };
 inline Four four_inputs(const int8_t* x) { return {{x[0], x[1], x[2], x[3]}}; }
+template <class Weights>
+using Sum = I32;
+inline void begin(I32& sum, int32_t start) { sum = broadcast(start); }
+inline I32 end(const I32& sum, int32_t) { return sum; }
 template <class Weights>
 inline I32 dot(const I32& sum, const Weights& w, Four x) {
   return lanes<I32>([&](int i) {
