@@ -31,6 +31,8 @@ from jaxopt_llm.engine.placed import delete
 from jaxopt_llm.models import Transformer, mesh_of, weights
 from jaxopt_llm.text import Tokenizer
 
+_WRITTEN = "written.json"  # by the teacher
+
 Progress = Callable[[str, int, int], None]
 Told = Callable[[Mapping[str, Any]], None]
 
@@ -158,11 +160,11 @@ def distill(
 
 
 def finish(folder: Path) -> None:
-    """Once its student is saved, a run needs neither snapshots nor predictions; metrics and plots stay."""
+    """Once its student is saved, nothing of a run is of use to another; metrics and plots stay."""
     log.plot(folder)
     shutil.rmtree(folder / "snapshots", ignore_errors=True)
-    (folder / PREDICTIONS).unlink(missing_ok=True)
-    (folder / "run.json").unlink(missing_ok=True)
+    for name in (PREDICTIONS, _WRITTEN, "run.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def peak_bytes() -> int:
@@ -320,7 +322,7 @@ def _sources(
     share = config.written.share if config.written and own else 1.0 if config.written else 0.0
     sources = [(ids, (1 - share) * len(ids) / total) for ids in own if share < 1]
     if config.written:
-        place = folder / "written.json"
+        place = folder / _WRITTEN
         if not place.exists():
             beginnings = [_ids(teacher, text) for text in texts]
             sequences = write(teacher.model, config.written, beginnings, config.seed, progress)

@@ -65,7 +65,10 @@ def test_a_student_is_distilled(run_cli, common, tmp_path):
     assert found["teacher_perplexity"] < found["perplexity_after"] < found["perplexity_before"]
     assert len(log.read(tmp_path / "out.run")) == 6
     assert (tmp_path / "out.run" / "loss.png").exists()
-    assert not (tmp_path / "out.run" / "snapshots").exists()
+    left = {path.name for path in (tmp_path / "out.run").iterdir()}
+    assert left == {"metrics.jsonl", "tensorboard", "loss.png"}, (
+        "what another run would take for its own is gone"
+    )
     model, tokenizer = jo.load(tmp_path / "out")
     assert jo.generate(model, tokenizer, "Once", max_tokens=4)[0].token_ids
     assert "cross-entropy" in done.stderr
