@@ -77,6 +77,7 @@ def main(argv: Sequence[str]) -> None:
             held_out=held_out,
             folder=run,
             resume=RESUME.value,
+            consume=True,
             progress=report,
             told=show.lines(COLUMNS),
         )

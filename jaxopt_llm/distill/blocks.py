@@ -1,4 +1,4 @@
-"""A loss over tokens that never holds the logits of more than a block of them, forward or backward."""
+"""What is made of logits that are never held of more than a block of tokens: a loss, forward and backward."""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 # What a block gives: its loss, and values to report beside it.
 BlockLoss = Callable[[Any, Array, Any, Any], tuple[Array, Any]]
+
+_LOGITS = 2**24  # of each model held at once: 64 MB in float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -64,6 +66,18 @@ def _backward(
 
 
 summed.defvjp(_forward, _backward)
+
+
+def block_rows(vocab_size: int) -> int:
+    """Tokens a block."""
+    return max(1, _LOGITS // vocab_size)
+
+
+def mapped(function: Callable[[Any], Any], rows: int, arrays: Any) -> Any:
+    """`function(arrays)`, each of whose rows depends on the same row alone, over blocks of `rows` tokens."""
+    length = jax.tree.leaves(arrays)[0].shape[0]
+    found = jax.lax.map(function, _blocks(arrays, rows))
+    return jax.tree.map(lambda x: _joined(x, length), found)
 
 
 def _blocks(arrays: Any, rows: int) -> Any:

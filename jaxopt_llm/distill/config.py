@@ -133,6 +133,10 @@ class Distillation:
       lora: train adapters in place of the weights.
       quantize: a format of `jaxopt_llm.quantize` that the student ends in: its matrices are rounded in every forward
         pass, so that it learns to make up for that (quantization-aware distillation); activations stay floats.
+      top_k: tokens to keep of each of the teacher's predictions, the likeliest, with the share of all others as one.
+        The teacher then reads every window that the run takes once, before training, and has no part in the steps.
+        For windows to come again, they begin at multiples of their length alone. Until the run ends a token takes
+        `6 * top_k + 4` bytes on disk (`8 * top_k + 4` for a vocabulary beyond 65,536). None: the teacher reads along.
       steps: of the optimizer.
       batch: windows a forward pass.
       accumulate: forward passes a step.
@@ -151,6 +155,7 @@ class Distillation:
     on_policy: OnPolicy | None = None
     lora: LoRA | None = None
     quantize: str | None = None
+    top_k: int | None = None
     steps: int = 40
     batch: int = 4
     accumulate: int = 1
@@ -180,7 +185,31 @@ class Distillation:
                 f"quantize={self.quantize} rounds the weights that are trained, which lora leaves as they are; take one"
             )
 
+        if self.top_k is not None:
+            self._check_top_k()
+
+    def _check_top_k(self) -> None:
+        _check(self, least={"top_k": 1})
+        kept = f"top_k={self.top_k} keeps the teacher's likeliest tokens on given text"
+        if self.on_policy:
+            raise ValueError(f"{kept}, and on_policy writes another; take one")
+        if self.loss.hidden:
+            raise ValueError(f"{kept}, no hidden states; set loss.hidden=0, not {self.loss.hidden}")
+        if self.loss.divergence != "forward_kl":
+            raise ValueError(
+                f"{kept}, too few for divergence={self.loss.divergence}; set loss.divergence=forward_kl"
+            )
+        if self.loss.temperature != 1:
+            raise ValueError(f"{kept} at temperature 1; set loss.temperature=1, not {self.loss.temperature}")
+        if not self.loss.compares_logits:
+            raise ValueError(f"{kept}, and loss.cross_entropy=1 needs none of them; leave top_k out")
+
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher reads every batch."""
+        """Whether what the teacher makes of a window is part of the loss."""
         return self.loss.compares_logits or self.loss.hidden > 0
+
+    @property
+    def teacher_reads_along(self) -> bool:
+        """Whether the teacher reads every batch while the student trains."""
+        return self.needs_teacher and self.top_k is None

@@ -1,6 +1,5 @@
-"""Windows of token ids at random places, through Grain: the same ones in the same order, from any step on."""
+"""Windows of token ids in random order, through Grain: the same ones in the same order, from any step on."""
 
-import dataclasses
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,33 +16,22 @@ def check_installed() -> None:
         raise ValueError("distillation needs grain: pip install 'jaxopt-llm[train]'")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Places:
-    """Every window of a text, by its first token."""
-
-    ids: Ids
-    length: int
-
-    def __len__(self) -> int:
-        return len(self.ids) - self.length + 1
-
-    def __getitem__(self, start: Any) -> Int[np.ndarray, "T"]:
-        return self.ids[int(start) : int(start) + self.length]
-
-
 class Windows:
-    """Batches of windows without end: every place once, in random order, before any comes again.
+    """Batches of windows without end, by where they begin: every place once, in random order, before any comes again.
 
     Args:
       texts: token ids, each with its share of the windows.
       batch, length: windows, and tokens of each.
       seed: of the order.
+      stride: tokens from one place to the next; at `length` no token is in two windows.
 
     Raises:
       ValueError: if a text has no whole window.
     """
 
-    def __init__(self, texts: Sequence[tuple[Ids, float]], *, batch: int, length: int, seed: int):
+    def __init__(
+        self, texts: Sequence[tuple[Ids, float]], *, batch: int, length: int, seed: int, stride: int = 1
+    ):
         for ids, _ in texts:
             if len(ids) < length:
                 raise ValueError(
@@ -52,16 +40,30 @@ class Windows:
                 )
         import grain
 
+        self.length = length
+        self._ids = np.concatenate([ids for ids, _ in texts])
+        ends = np.cumsum([len(ids) for ids, _ in texts]).tolist()
+        places = [
+            range(end - len(ids), end - length + 1, stride) for end, (ids, _) in zip(ends, texts, strict=True)
+        ]
         parts = [
-            grain.MapDataset.source(_Places(ids, length)).seed(seed + number).shuffle().repeat()
-            for number, (ids, _) in enumerate(texts)
+            grain.MapDataset.source(part).seed(seed + number).shuffle().repeat()
+            for number, part in enumerate(places)
         ]
         whole = grain.MapDataset.mix(parts, [share for _, share in texts]) if len(parts) > 1 else parts[0]
+        self._places = whole.batch(batch)
         # Windows are slices of memory: threads that read ahead would only take cores from the step.
-        self._batches = iter(whole.batch(batch).to_iter_dataset(grain.ReadOptions(num_threads=0)))
+        self._batches = iter(self._places.to_iter_dataset(grain.ReadOptions(num_threads=0)))
 
-    def __next__(self) -> Int[np.ndarray, "B T"]:
-        return np.asarray(next(self._batches), np.int32)
+    def __next__(self) -> Int[np.ndarray, "B"]:
+        return np.asarray(next(self._batches))
+
+    def first(self, batches: int) -> Int[np.ndarray, "B"]:
+        """The windows of the first so many batches, each once."""
+        return np.unique([self._places[number] for number in range(batches)])
+
+    def tokens(self, places: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B T"]:
+        return self._ids[places[:, None] + np.arange(self.length)]
 
     @property
     def state(self) -> Mapping[str, Any]:

@@ -90,9 +90,12 @@ def top_k_kl(teacher: TopK, student: Float[Array, "T V"]) -> Float[Array, "T"]:
 
 
 def _without(logits: Array, ids: Array) -> Array:
-    """The logarithm of the sum over all tokens but these; exact where 1 minus the others' share would round to 0."""
+    """The logarithm of the sum over all tokens but these; exact where 1 minus the others' share would round to 0.
+
+    Where these are all, it is the least number there is: of an infinite one, 0 times it would be no number.
+    """
     rows = jnp.arange(logits.shape[0], dtype=ids.dtype)[:, None]
-    return jax.nn.logsumexp(logits.at[rows, ids].set(-jnp.inf), axis=-1)
+    return jax.nn.logsumexp(logits.at[rows, ids].set(jnp.finfo(logits.dtype).min), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,12 +21,17 @@ from jaxopt_llm.checkpoints.atomic import atomic_file
 from jaxopt_llm.distill import log
 from jaxopt_llm.distill.config import Distillation
 from jaxopt_llm.distill.data import Ids, Windows, check_installed
+from jaxopt_llm.distill.losses import TopK
+from jaxopt_llm.distill.predictions import PREDICTIONS, Predictions
 from jaxopt_llm.distill.snapshots import Snapshots
 from jaxopt_llm.distill.step import State, Trainer, learning_rate
 from jaxopt_llm.distill.student import Student
 from jaxopt_llm.distill.writing import Author, write
-from jaxopt_llm.models import Transformer, mesh_of
+from jaxopt_llm.engine.placed import delete
+from jaxopt_llm.models import Transformer, mesh_of, weights
 from jaxopt_llm.text import Tokenizer
+
+_WRITTEN = "written.json"  # by the teacher
 
 Progress = Callable[[str, int, int], None]
 Told = Callable[[Mapping[str, Any]], None]
@@ -50,7 +55,7 @@ class Outcome:
       tokens: of all windows read.
       perplexity_before, perplexity_after: of the student on the held-out text.
       teacher_perplexity: on the same text, by its own tokens.
-      seconds: of writing and training since it was started, or resumed.
+      seconds: of writing, of what the teacher reads before, and of training since it was started, or resumed.
       tokens_per_s: of the steps in them, all told.
       peak_bytes: most memory that the process has held; on an accelerator, of the device.
     """
@@ -76,19 +81,21 @@ def distill(
     held_out: str,
     folder: Path,
     resume: bool = False,
+    consume: bool = False,
     progress: Progress | None = None,
     told: Told | None = None,
 ) -> Outcome:
     """Trains a student to predict what its teacher predicts.
 
     Args:
-      teacher: stays as it is.
+      teacher: stays as it is, without `consume`.
       student: stays as it is; what is trained is a copy.
       config: settings.
       texts: to train on, beside what the teacher writes.
       held_out: to measure perplexity on, before and after.
       folder: for snapshots, metrics and plots. A run that was killed goes on from its last snapshot, bit by bit.
       resume: whether a run that is there is continued; else it is refused.
+      consume: the teacher's arrays are deleted before training, but for the student's own, if it does not read along.
       progress: called with (stage, parts of it done, of all).
       told: called with what each step measured.
 
@@ -107,13 +114,30 @@ def distill(
         start = time.perf_counter()
         sources = _sources(teacher, student, config, texts, own, folder, stage("the teacher writes"))
         windows = Windows(
-            sources, batch=config.batch * config.accumulate, length=config.length, seed=config.seed
+            sources,
+            batch=config.batch * config.accumulate,
+            length=config.length,
+            seed=config.seed,
+            stride=1 if config.top_k is None else config.length,
         )
+        predictions = None
+        if config.top_k is not None:
+            predictions = Predictions(
+                folder,
+                teacher.model,
+                windows,
+                batches=config.steps,
+                batch=config.batch,
+                k=config.top_k,
+                progress=stage("the teacher reads"),
+            )
         spent = time.perf_counter() - start
         reference = measure(teacher.model, held["teacher"], progress=stage("measuring the teacher"))
         before = measure(student.model, held["student"], progress=stage("measuring the student"))
+        if consume and not config.teacher_reads_along:
+            delete(jax.tree.leaves(weights(teacher.model)), kept=jax.tree.leaves(weights(student.model)))
         start = time.perf_counter()
-        run = _Run(teacher.model, student, config, windows, snapshots, stage("distilling"), told)
+        run = _Run(teacher.model, student, config, windows, predictions, snapshots, stage("distilling"), told)
         state, loss, steps = run.steps()
         spent += time.perf_counter() - start
     finally:
@@ -136,10 +160,11 @@ def distill(
 
 
 def finish(folder: Path) -> None:
-    """Once its student is saved, a run needs its snapshots no more; metrics and plots stay."""
+    """Once its student is saved, nothing of a run is of use to another; metrics and plots stay."""
     log.plot(folder)
     shutil.rmtree(folder / "snapshots", ignore_errors=True)
-    (folder / "run.json").unlink(missing_ok=True)
+    for name in (PREDICTIONS, _WRITTEN, "run.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def peak_bytes() -> int:
@@ -159,11 +184,13 @@ class _Run:
         student: Model,
         config: Distillation,
         windows: Windows,
+        predictions: Predictions | None,
         snapshots: Snapshots,
         progress: Callable[[int, int], None],
         told: Told | None,
     ):
-        self._config, self._windows, self._snapshots = config, windows, snapshots
+        self._config, self._snapshots = config, snapshots
+        self._windows, self._predictions = windows, predictions
         self._original, self._tokenizer = student
         self._student = Student.of(
             student.model,
@@ -218,10 +245,13 @@ class _Run:
         self._progress(config.steps, config.steps)
         return state
 
-    def _batch(self, state: State, step: int) -> tuple[Int[np.ndarray, "A B T"], Bool[np.ndarray, "A B T"]]:
-        """The windows of the step after this one, and which predictions count."""
+    def _batch(
+        self, state: State, step: int
+    ) -> tuple[Int[np.ndarray, "A B T"], Bool[np.ndarray, "A B T"], TopK | None]:
+        """The windows of the step after this one, which predictions count, and the teacher's where it read before."""
         config = self._config
-        tokens = next(self._windows)
+        places = next(self._windows)
+        tokens = self._windows.tokens(places)
         counted = np.ones(tokens.shape, bool)
         counted[:, -1] = False  # what follows the last token is not there
         draw = np.random.default_rng((config.seed, step))
@@ -230,8 +260,9 @@ class _Run:
             if self._author is None:
                 self._author = Author(student, config.on_policy, batch=len(tokens), length=config.length)
             tokens, counted = self._author.rewrite(student, tokens, seed=int(draw.integers(2**31)))
-        shape = (config.accumulate, config.batch, config.length)
-        return tokens.reshape(shape), counted.reshape(shape)
+        predicted = None if self._predictions is None else self._predictions[places]
+        split = lambda x: x.reshape(config.accumulate, config.batch, *x.shape[1:])
+        return jax.tree.map(split, (tokens, counted, predicted))
 
     def _not_finite(self, state: State, step: int, row: Mapping[str, float]) -> str:
         name, value = next((name, value) for name, value in row.items() if not np.isfinite(value))
@@ -260,6 +291,8 @@ def _check(teacher: Model, student: Model, config: Distillation) -> None:
             "hidden states can be compared. Learn from text that the teacher writes: loss.cross_entropy=1, "
             "loss.hidden=0 and written"
         )
+    if config.top_k is not None and config.top_k > sizes[0]:
+        raise ValueError(f"top_k={config.top_k} is more than the {sizes[0]} tokens of the vocabulary")
     mesh = mesh_of(student.model)
     data = 1 if mesh is None else mesh.shape["data"]
     if config.batch % data:
@@ -289,7 +322,7 @@ def _sources(
     share = config.written.share if config.written and own else 1.0 if config.written else 0.0
     sources = [(ids, (1 - share) * len(ids) / total) for ids in own if share < 1]
     if config.written:
-        place = folder / "written.json"
+        place = folder / _WRITTEN
         if not place.exists():
             beginnings = [_ids(teacher, text) for text in texts]
             sequences = write(teacher.model, config.written, beginnings, config.seed, progress)

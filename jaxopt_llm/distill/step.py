@@ -14,12 +14,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxopt_llm.distill import losses
-from jaxopt_llm.distill.blocks import summed
+from jaxopt_llm.distill.blocks import block_rows, summed
 from jaxopt_llm.distill.config import Distillation, Optimizer
+from jaxopt_llm.distill.losses import TopK
 from jaxopt_llm.distill.student import Student
 from jaxopt_llm.models import Batch, Transformer, as_run, capture
-
-_LOGITS = 2**24  # of each model held at once: 64 MB in float32
 
 Metrics = dict[str, Any]
 
@@ -54,7 +53,7 @@ class Trainer:
 
     Args:
       student: apart.
-      teacher: any model, quantized too; not read where the loss needs none of it.
+      teacher: any model, quantized too; its parameters are not touched where it does not read along.
       config: settings.
       mesh: that both lie on, or None.
     """
@@ -68,10 +67,10 @@ class Trainer:
         self._pairs = (
             _pairs(student.skeleton.config.num_layers, teacher.config.num_layers) if self.loss.hidden else {}
         )
-        self._rows = max(1, _LOGITS // student.skeleton.config.vocab_size)
+        self._rows = block_rows(student.skeleton.config.vocab_size)
         self._teacher: Any = None
         self._teacher_params: Any = None
-        if config.needs_teacher:
+        if config.teacher_reads_along:
             self._teacher, self._teacher_params = nnx.split(as_run(teacher))
         self._update = jax.jit(self._step, donate_argnums=0)
 
@@ -88,7 +87,11 @@ class Trainer:
         )
 
     def step(
-        self, state: State, tokens: Int[Any, "A B T"], counted: Bool[Any, "A B T"]
+        self,
+        state: State,
+        tokens: Int[Any, "A B T"],
+        counted: Bool[Any, "A B T"],
+        predicted: TopK | None = None,
     ) -> tuple[State, Metrics]:
         """The state after a step, and what it measured; the state before is given away.
 
@@ -98,8 +101,9 @@ class Trainer:
           state: before.
           tokens: windows of each of the forward passes.
           counted: whether the prediction at a position, of the token after it, is part of the loss.
+          predicted: by the teacher at every position, where it read the windows before.
         """
-        batches = (tokens, counted)
+        batches = (tokens, counted, predicted)
         if self.mesh is not None:
             batches = jax.device_put(batches, NamedSharding(self.mesh, P(None, "data")))
         return self._update(state, self.student.frozen, self._teacher_params, batches)
@@ -126,17 +130,25 @@ class Trainer:
         }
 
     def _objective(
-        self, params: Any, frozen: Any, teacher_params: Any, tokens: Array, counted: Array
+        self,
+        params: Any,
+        frozen: Any,
+        teacher_params: Any,
+        tokens: Array,
+        counted: Array,
+        predicted: TopK | None,
     ) -> tuple[Array, Metrics]:
         trained, projections = self.student.rounded(params[0]), params[1]
         weight = counted.reshape(-1).astype(jnp.float32)
         weight = weight / jnp.maximum(weight.sum(), 1)
-        given = {"target": jnp.roll(tokens, -1, axis=1).reshape(-1), "weight": weight}
+        given: dict[str, Any] = {"target": jnp.roll(tokens, -1, axis=1).reshape(-1), "weight": weight}
         student = self.student.model(trained, frozen)
         hidden, states = _run(student, tokens, list(self._pairs))
         constants = {"frozen": frozen, "teacher": teacher_params}
         near = jnp.zeros((), jnp.float32)
-        if self._teacher is not None:
+        if predicted is not None:
+            given["teacher"] = jax.tree.map(lambda x: x.reshape(tokens.size, *x.shape[2:]), predicted)
+        elif self._teacher is not None:
             teacher = nnx.merge(self._teacher, teacher_params)
             given["teacher"], aims = _run(teacher, tokens, list(self._pairs.values()))
             for layer, (own, aim) in zip(projections, zip(states, aims, strict=True), strict=True):
@@ -153,7 +165,9 @@ class Trainer:
         values = {"cross_entropy": losses.cross_entropy(scores, given["target"])}
         loss = self.loss.cross_entropy * values["cross_entropy"]
         if self.loss.compares_logits:
-            teacher = nnx.merge(self._teacher, constants["teacher"]).logits(given["teacher"])
+            teacher = given["teacher"]
+            if self._teacher is not None:
+                teacher = nnx.merge(self._teacher, constants["teacher"]).logits(teacher)
             values["divergence"] = self.loss.distance(teacher, scores)
             loss = loss + (1 - self.loss.cross_entropy) * values["divergence"]
         mean = lambda value: jnp.sum(given["weight"] * value)

@@ -36,7 +36,7 @@ class Placed:
         self._packing = packing(self._form, specs, self._mesh, platform_of(model))
         self.skeleton, self.leaves = self._pack(leaves)
         if consume:
-            _delete(leaves, self.leaves)
+            delete(leaves, self.leaves)
 
     def update(self, model: Transformer) -> None:
         """Exchanges the weights for others of the same form.
@@ -59,7 +59,7 @@ class Placed:
         return skeleton, parts
 
 
-def _delete(leaves: Sequence[Array], kept: Sequence[Array]) -> None:
+def delete(leaves: Sequence[Array], kept: Sequence[Array]) -> None:
     """Frees the arrays of a model, but for those that lie where one that is kept lies."""
     place = lambda array: array.addressable_shards[0].data.unsafe_buffer_pointer()
     places = set(map(place, kept))

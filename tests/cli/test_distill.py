@@ -13,6 +13,7 @@ import pytest
 
 import jaxopt_llm as jo
 from jaxopt_llm.distill import log
+from jaxopt_llm.distill.predictions import PREDICTIONS
 from jaxopt_llm.models import weights
 from tests.distill.conftest import halved
 
@@ -64,7 +65,10 @@ def test_a_student_is_distilled(run_cli, common, tmp_path):
     assert found["teacher_perplexity"] < found["perplexity_after"] < found["perplexity_before"]
     assert len(log.read(tmp_path / "out.run")) == 6
     assert (tmp_path / "out.run" / "loss.png").exists()
-    assert not (tmp_path / "out.run" / "snapshots").exists()
+    left = {path.name for path in (tmp_path / "out.run").iterdir()}
+    assert left == {"metrics.jsonl", "tensorboard", "loss.png"}, (
+        "what another run would take for its own is gone"
+    )
     model, tokenizer = jo.load(tmp_path / "out")
     assert jo.generate(model, tokenizer, "Once", max_tokens=4)[0].token_ids
     assert "cross-entropy" in done.stderr
@@ -72,7 +76,7 @@ def test_a_student_is_distilled(run_cli, common, tmp_path):
 
 def test_a_killed_run_goes_on_bit_by_bit(run_cli, common, tmp_path):
     flags = [*common, "--set=optimizer.ema=0.5", "--set=steps=30"]
-    flags += ["--set=written.prompt=4"]
+    flags += ["--set=written.prompt=4", "--set=top_k=8"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run_cli.subprocess("distill", *flags, f"--out={whole}").code == 0
     command = [sys.executable, "-m", "jaxopt_llm", "distill", *flags, f"--out={cut}"]
@@ -83,6 +87,7 @@ def test_a_killed_run_goes_on_bit_by_bit(run_cli, common, tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not cut.exists()
+    assert (folder / PREDICTIONS).exists()
     done = log.read(folder)
     assert 5 <= len(done) < 30, "killed on the way"
     refused = run_cli("distill", *flags, f"--out={cut}")
@@ -93,6 +98,7 @@ def test_a_killed_run_goes_on_bit_by_bit(run_cli, common, tmp_path):
     assert "optimizer.learning_rate was 0.0003 and is 0.001" in other.stderr
     resumed = run_cli.subprocess("distill", *flags, f"--out={cut}", "--resume")
     assert resumed.code == 0, resumed.stderr
+    assert not (folder / PREDICTIONS).exists()
     strip = lambda folder: [{k: v for k, v in row.items() if k != "seconds"} for row in log.read(folder)]
     assert strip(folder) == strip(tmp_path / "whole.run")
     one, other = (weights(jo.load(place)[0]) for place in (whole, cut))
