@@ -12,7 +12,6 @@ exit code is 1 where a figure is beyond its bound. MINUTES
 
 import dataclasses
 import functools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +24,12 @@ from flax import nnx
 
 import jaxopt_llm as jo
 from benchmarks.off_grid import off_grid
-from benchmarks.record import RESULTS, data_folder, record
+from benchmarks.record import data_folder, record, recorded
 from jaxopt_llm import evaluate, prune
 from jaxopt_llm.calibrate import calibration_ids
 from jaxopt_llm.models import ModelConfig, Transformer, num_bytes, num_params, num_zeros
 
+_NAME = Path(__file__).stem
 _WINDOWS = flags.DEFINE_integer("windows", 4, "Windows to score; the bounds are of four.", lower_bound=2)
 _PARTS = flags.DEFINE_list("parts", ["structured", "magnitude", "wanda", "sparsegpt", "speed"], "To measure.")
 _TARGET = 0.7
@@ -52,7 +52,7 @@ _LEAST_SPEEDUP = 0.9  # of what the bytes of a step promise
 def structured(model: Transformer, calibration: np.ndarray, test: Sequence[int]) -> list[dict[str, Any]]:
     """Every way to the same size, from one pass of scores."""
     scores = prune.importance(model, calibration)
-    rows = []
+    reference, rows = evaluate.Reference(model), []
     for axes in _WAYS:
         shape = prune.fit(model, _TARGET, axes=axes)
         kept = prune.choose(scores, model.config, shape)
@@ -63,13 +63,13 @@ def structured(model: Transformer, calibration: np.ndarray, test: Sequence[int])
             rows.append(
                 {"axes": axes, "form": form, "shape": _sizes(small.config)}
                 | {"body_params": prune.body_params(small) / prune.body_params(model)}
-                | quality(small, model, test)
+                | quality(small, reference, test)
             )
     return rows
 
 
-def quality(small: Transformer, model: Transformer, test: Sequence[int]) -> dict[str, float]:
-    found = evaluate.compare(small, model, test, windows=_WINDOWS.value)
+def quality(small: Transformer, reference: evaluate.Reference, test: Sequence[int]) -> dict[str, float]:
+    found = evaluate.compare(small, reference, test, windows=_WINDOWS.value)
     return {
         "float_perplexity": found.reference.perplexity,
         "perplexity": found.perplexity.perplexity,
@@ -81,11 +81,11 @@ def quality(small: Transformer, model: Transformer, test: Sequence[int]) -> dict
 def sparse(
     method: prune.SparseMethod, model: Transformer, calibration: np.ndarray, test: Sequence[int]
 ) -> list[dict[str, Any]]:
-    rows = []
+    reference, rows = evaluate.Reference(model), []
     for pattern in _OF_WANDA:
         small = prune.sparsify(model, pattern, method, ids=calibration)
         zeros = {"zeros": num_zeros(small) / num_params(small), "bytes": num_bytes(small)}
-        rows.append({"sparsity": pattern} | zeros | quality(small, model, test))
+        rows.append({"sparsity": pattern} | zeros | quality(small, reference, test))
         print(method, rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -163,15 +163,14 @@ def main(argv: Sequence[str]) -> None:
         found = measures[part]()
         results = earlier() | {part: found}
         broken = violations(results)
-        record(Path(__file__).stem, results | {"beyond_bounds": broken})
+        record(_NAME, results | {"beyond_bounds": broken})
     sys.exit(bool(broken))
 
 
 def earlier() -> dict[str, Any]:
     """What calls before this one have measured on as many windows."""
-    place = RESULTS / "pruning.json"
-    results = json.loads(place.read_text("utf-8"))["results"] if place.exists() else {}
-    return results if results.get("windows") == _WINDOWS.value else {"windows": _WINDOWS.value}
+    results = recorded(_NAME)
+    return results if results and results["windows"] == _WINDOWS.value else {"windows": _WINDOWS.value}
 
 
 if __name__ == "__main__":
