@@ -81,9 +81,11 @@ def quality(small: Transformer, reference: evaluate.Reference, test: Sequence[in
 def sparse(
     method: prune.SparseMethod, model: Transformer, calibration: np.ndarray, test: Sequence[int]
 ) -> list[dict[str, Any]]:
-    reference, rows = evaluate.Reference(model), []
+    """Both patterns, of the model off the grid."""
+    dense = off_grid(model)
+    reference, rows = evaluate.Reference(dense), []
     for pattern in _OF_WANDA:
-        small = prune.sparsify(model, pattern, method, ids=calibration)
+        small = prune.sparsify(dense, pattern, method, ids=calibration)
         zeros = {"zeros": num_zeros(small) / num_params(small), "bytes": num_bytes(small)}
         rows.append({"sparsity": pattern} | zeros | quality(small, reference, test))
         print(method, rows[-1], file=sys.stderr, flush=True)
@@ -150,11 +152,10 @@ def main(argv: Sequence[str]) -> None:
     text = (folder / "wiki.test.raw").read_text(encoding="utf-8")[: _WINDOWS.value * 10_000]
     test = tokenizer.encode(text, add_special=False)
     calibration = calibration_ids(model, tokenizer, train)
-    dense = off_grid(model)
     measures: dict[str, Callable[[], Any]] = {
         "structured": lambda: structured(model, calibration, test),
         **{
-            method: functools.partial(sparse, method, dense, calibration, test)
+            method: functools.partial(sparse, method, model, calibration, test)
             for method in get_args(prune.SparseMethod)
         },
         "speed": lambda: speed(model),
