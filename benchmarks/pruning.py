@@ -7,7 +7,7 @@ sparse method: half of the weights, and 2:4, of the same function off the 4-bit 
 embedding dense. Speed: decode at the original shape and at the default's in turn, beside the bytes that a step reads.
 Calibrated on 16 x 512 tokens of WikiText-2's train text, measured on windows of 1,024 tokens of its test text, both
 from `$JAXOPT_DATA`, float32. Writes benchmarks/results/pruning.json, part after part, those of earlier calls kept; the
-exit code is 1 where a figure is beyond its bound. MINUTES
+exit code is 1 where a figure is beyond its bound. Speed takes two minutes of two cores, every other part longer.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ def sparse(
     return rows
 
 
-def speed(model: Transformer, rounds: int = 3) -> dict[str, float]:
+def speed(model: Transformer, rounds: int = 2) -> dict[str, float]:
     """Decode of one sequence, two shapes in turn: medians, their ratio, and that of the bytes of a step.
 
     The values of the weights do not matter, so the pruned shape has random ones.

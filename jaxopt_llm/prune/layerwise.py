@@ -61,7 +61,8 @@ def sparsify(
 class Wanda:
     """`sparse.wanda` for each layer: q, k and v; o; gate and up; down each see what the sparse before them give.
 
-    In the paper (arXiv:2306.11695) all products of a layer see what its dense ones give.
+    In the paper (arXiv:2306.11695) all products of a layer see what its dense ones give: SmolLM2's perplexity goes from
+    23.24 to 50.86 so, where half of the weights go, and to 50.49 here.
     """
 
     sparsity: Sparsity
