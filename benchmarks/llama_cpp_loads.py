@@ -2,15 +2,16 @@
 
     python -m benchmarks.llama_cpp_loads --peer=PYTHON [MODEL ...]
 
-PYTHON is an interpreter with llama-cpp-python; MODEL anything that `jaxopt_llm.load` takes, our two aliases if
-none is named. Both sides read the same file and continue a few prompts. `agree`: continuations that are the same
-to the end. `gaps`: for the others, the gap between our two best logits at the first token that differs;
-llama.cpp rounds activations to the type of the weights, which may turn over a near tie. `logits`: the largest
-difference up to there, as a share of the largest logit. Prints a line a file, then one JSON object, which it
-also writes into benchmarks/results/; the exit code is 1 if a gap is more than --tolerance. Takes three
-minutes a model on two cores.
+PYTHON is an interpreter with llama-cpp-python; MODEL anything that `jaxopt_llm.load` takes, or `pruned` for SmolLM2 at
+the shape of the recipe prune70; if none is named, it and our two aliases. Both sides read the same file and continue a
+few prompts. `agree`: continuations that are the same to the end. `gaps`: for the others, the gap between our two best
+logits at the first token that differs; llama.cpp rounds activations to the type of the weights, which may turn over a
+near tie. `logits`: the largest difference up to there, as a share of the largest logit. Prints a line a file, then one
+JSON object, which it also writes into benchmarks/results/; the exit code is 1 if a gap is more than --tolerance. Takes
+three minutes a model on two cores.
 """
 
+import functools
 import json
 import sys
 import tempfile
@@ -25,14 +26,18 @@ from absl import app, flags
 import jaxopt_llm as jo
 from benchmarks import peer
 from benchmarks.record import record
-from jaxopt_llm import checkpoints
+from jaxopt_llm import checkpoints, prune
+from jaxopt_llm.calibrate import calibration_ids
+from jaxopt_llm.models import Transformer
+from jaxopt_llm.optimize import sample_text
+from jaxopt_llm.text import Tokenizer
 
 _STEPS = flags.DEFINE_integer("steps", 32, "Tokens of each continuation.", lower_bound=1)
 _TOLERANCE = flags.DEFINE_float(
     "tolerance", 0.5, "Gap of two logits that llama.cpp's rounding may turn over."
 )
 
-_MODELS = ("smollm2-135m-instruct", "gemma3-270m")
+_MODELS = ("smollm2-135m-instruct", "gemma3-270m", "pruned")
 _PROMPTS = (
     "The capital of France is",
     "Once upon a time",
@@ -57,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
 def compare(source: str, dtype: str, scratch: Path) -> dict[str, Any]:
     """How the two sides continue the prompts from the same exported file."""
     path = scratch / f"{dtype}.gguf"
-    checkpoints.export_gguf(*jo.load(source, dtype="float32"), path, dtype=dtype)
+    whole = pruned() if source == "pruned" else jo.load(source, dtype="float32")
+    checkpoints.export_gguf(*whole, path, dtype=dtype)
     model, tokenizer = jo.load(path, dtype="float32")
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer; name a model that has one")
@@ -80,6 +86,15 @@ def compare(source: str, dtype: str, scratch: Path) -> dict[str, Any]:
     return {
         "model": name, "dtype": dtype, "prompts": len(prompts), "agree": agree, "gaps": gaps, "logits": worst
     }  # fmt: skip
+
+
+@functools.cache
+def pruned() -> tuple[Transformer, Tokenizer | None]:
+    """70 % of the parameters outside the embedding, fitted to a text so short that it takes a minute."""
+    model, tokenizer = jo.load("smollm2-135m-instruct", dtype="float32")
+    ids = calibration_ids(model, tokenizer, sample_text(), sequences=4, length=256)
+    kept = prune.choose(prune.importance(model, ids), model.config, prune.fit(model, 0.7))
+    return prune.reconstruct(model, kept, ids), tokenizer
 
 
 def ask_peer(path: Path, prompts: Sequence[Sequence[int]], out: Path) -> dict[str, np.ndarray]:

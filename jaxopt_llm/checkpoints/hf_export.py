@@ -22,6 +22,8 @@ from jaxopt_llm.models.families import family, parse_config, write_config
 from jaxopt_llm.models.family import Source
 from jaxopt_llm.text import Tokenizer
 
+_ALIGNED = 16  # bytes: what torch's grouped products want of the rows of experts
+
 
 def export(
     model: Transformer, tokenizer: Tokenizer | None, target: str | Path, *, codes: bool = False
@@ -36,12 +38,13 @@ def export(
         with that package. Embedding and head, without `codes` all weights, are written as the floats they stand for.
 
     Raises:
-      ValueError: if transformers' config cannot say all that the model's does; with `codes`, if nothing is quantized,
-        or a weight in a form that compressed-tensors does not have.
+      ValueError: if transformers' config cannot say all that the model's does, or it takes no such width; with `codes`,
+        if nothing is quantized, or a weight in a form that compressed-tensors does not have.
       OSError: if `target` is something else than a checkpoint, or the disk is full.
     """
     config = write_config(model.config, str(model.dtype))
     _refuse_if_lost(model.config, config)
+    _refuse_width(model.config, model.dtype)
     kept = _codes(model) if codes else {}
     if codes:
         config[compressed.KEY] = _settings(model, kept)
@@ -60,6 +63,20 @@ def _refuse_if_lost(config: ModelConfig, written: Mapping[str, Any]) -> None:
     if lost:
         settings = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
         raise ValueError(f"transformers' {config.family} models cannot have {settings}; keep our own format")
+
+
+def _refuse_width(config: ModelConfig, dtype: jnp.dtype) -> None:
+    """Raises ValueError for a model width that transformers 5 loads no such model of, or cannot run."""
+    if family(config.family).heads_divide_width and config.d_model % config.num_heads:
+        raise ValueError(
+            f"transformers refuses {config.family} models whose num_heads={config.num_heads} do not divide "
+            f"d_model={config.d_model}; prune to another width or number of heads, or keep our own format"
+        )
+    if config.experts and config.d_model * dtype.itemsize % _ALIGNED:
+        raise ValueError(
+            f"d_model={config.d_model}: transformers' experts need rows of whole {_ALIGNED} bytes; prune to a "
+            f"multiple of {_ALIGNED // dtype.itemsize}, or keep our own format"
+        )
 
 
 def _rounded(value: Any) -> Any:

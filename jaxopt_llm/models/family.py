@@ -265,6 +265,7 @@ class Family:
       write: the keys of `config.json` beyond those that every decoder has.
       names: parameter (with `{i}`) to its source.
       towers: what multimodal checkpoints hold beside the text model, by the first part of its tensors' names.
+      heads_divide_width: whether transformers refuses another number of heads, whatever their own width.
     """
 
     name: str
@@ -273,6 +274,7 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     names: Mapping[str, Source]
     towers: tuple[str, ...] = ()
+    heads_divide_width: bool = False
 
     def source(self, parameter: str) -> Source:
         """The source of a parameter such as `layers.3.attention.q.weight`, its layer filled in."""

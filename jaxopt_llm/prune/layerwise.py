@@ -59,12 +59,16 @@ def sparsify(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wanda:
-    """`sparse.wanda` for each layer; its products all see what the dense ones before them give, as in the paper."""
+    """`sparse.wanda` for each layer: q, k and v; o; gate and up; down each see what the sparse before them give.
+
+    In the paper (arXiv:2306.11695) all products of a layer see what its dense ones give: SmolLM2's perplexity goes from
+    23.24 to 50.86 so, where half of the weights go, and to 50.49 here.
+    """
 
     sparsity: Sparsity
 
     def wants(self, config: ModelConfig, layer: int) -> tuple[Wants, ...]:
-        return (Wants(products=_products(config, layer)),)
+        return tuple(Wants(products=names) for names in inputs(config, layer))
 
     def apply(
         self, config: ModelConfig, layer: int, weights: LayerWeights, statistics: Mapping[str, Statistics]
@@ -75,7 +79,7 @@ class Wanda:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseGPT:
-    """`sparse.sparsegpt` for each layer: q, k and v; o; gate and up; down each see what the sparse before them give."""
+    """`sparse.sparsegpt` for each layer, whose products see what those of `Wanda` do."""
 
     sparsity: Sparsity
     damping: float = 0.01

@@ -20,7 +20,9 @@ from jaxopt_llm.checkpoints.gguf_export import export, metadata
 from jaxopt_llm.kernels import FORMATS, QArray
 from jaxopt_llm.models import from_params, quantizable, weights
 from jaxopt_llm.models.families import parse_config
+from jaxopt_llm.prune import cut
 from tests import exportable, families
+from tests.cuts import kept_of
 
 ROOT = Path(__file__).parents[2]
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}
@@ -270,12 +272,18 @@ def test_unknown_dtype(tmp_path):
 
 
 @pytest.mark.verify
+@pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("name", exportable.CHANGES)
-def test_llama_cpp_computes_the_same_logits(name, tmp_path):
+def test_llama_cpp_computes_the_same_logits(name, pruned, tmp_path):
     """The environment variable JAXOPT_PEER names an interpreter with llama-cpp-python."""
     if "JAXOPT_PEER" not in os.environ:
         pytest.skip("set JAXOPT_PEER to a Python that has llama-cpp-python")
     model = exportable.model(name)
+    if pruned:
+        kept = kept_of(model.config)
+        if name in ("qwen2", "olmo2"):  # there a head is as wide as the model's width allows, and no other
+            kept = dataclasses.replace(kept, embed=None, heads=None)
+        model = cut(model, kept)
     export(model, None, tmp_path / "model.gguf", dtype="F32")
     prompt = np.random.default_rng(1).integers(model.config.vocab_size, size=20).tolist()
     script = ROOT / "benchmarks" / "llama_cpp_greedy.py"

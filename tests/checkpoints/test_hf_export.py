@@ -132,6 +132,24 @@ def test_what_would_be_lost_is_refused(tmp_path, name, changes, message):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "width", "message"),
+    [
+        *(
+            (name, "float32", 45, rf"refuses {name} models whose num_heads=\d do not divide d_model=45")
+            for name in ("llama", "gemma2", "gemma3_text")
+        ),
+        ("mixtral", "float32", 42, "d_model=42: .* rows of whole 16 bytes; prune to a multiple of 4"),
+        ("qwen3_moe", "bfloat16", 36, "d_model=36: .* rows of whole 16 bytes; prune to a multiple of 8"),
+    ],
+)
+def test_widths_that_transformers_does_not_take_are_refused(tmp_path, name, dtype, width, message):
+    config = dataclasses.replace(parse_config(families.TINY[name]), d_model=width)
+    with pytest.raises(ValueError, match=message):
+        checkpoints.export_hf(abstract(config, jnp.dtype(dtype)), None, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
 def test_dtype_is_the_models(model, tmp_path):
     checkpoints.export_hf(model, None, tmp_path / "float32")
     half, _ = jo.load(tmp_path / "float32", dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""Sparse models: which weights are zero, and that each layer sees the sparse ones before it."""
+"""Sparse models: which weights are zero, and that each product sees the sparse ones before it."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,15 +32,14 @@ def test_the_products_of_layers_are_sparse_and_nothing_else(model, sparse_models
             assert value is weights(model)[name] or np.array_equal(value, weights(model)[name]), name
 
 
-def test_a_layer_sees_the_sparse_ones_before_it(model, sparse_models):
-    """The gate of the second layer, by Wanda on what the sparse first layer gives."""
-    small = sparse_models["wanda"]
-    (_, seen) = jo.capture(small, "layers.0")(IDS)
-    dense = jo.capture(model, "layers.1.attention_norm", replace={"layers.0": lambda _: seen["layers.0"]})
-    x = dense(IDS)[1]["layers.1.attention_norm"]
-    norm = jnp.linalg.norm(x.reshape(-1, x.shape[-1]), axis=0)
-    expected = sparse.wanda(weights(model)["layers.1.attention.q.weight"], norm, Sparsity.parse("2:4"))
-    np.testing.assert_array_equal(weights(small)["layers.1.attention.q.weight"], expected)
+@pytest.mark.parametrize(("product", "norm"), [("attention.q", "attention_norm"), ("mlp.up", "mlp_norm")])
+def test_a_product_sees_what_the_sparse_ones_before_it_give(model, sparse_models, product, norm):
+    """In the second layer, by Wanda: those of the first layer, and attention before the feed-forward."""
+    name, place = f"layers.1.{product}.weight", f"layers.1.{norm}"
+    x = jo.capture(sparse_models["wanda"], place)(IDS)[1][place]
+    norms = jnp.linalg.norm(x.reshape(-1, x.shape[-1]), axis=0)
+    expected = sparse.wanda(weights(model)[name], norms, Sparsity.parse("2:4"))
+    np.testing.assert_array_equal(weights(sparse_models["wanda"])[name], expected)
 
 
 def test_what_is_made_up_for_comes_nearer(model, sparse_models):

@@ -56,4 +56,5 @@ FAMILY = Family(
     read=_read,
     write=gemma_keys,
     names=decoder_names(**SANDWICH_NORMS),
+    heads_divide_width=True,
 )

@@ -82,4 +82,5 @@ FAMILY = Family(
     write=_write,
     names=decoder_names(**QK_NORMS, **SANDWICH_NORMS),
     towers=("vision_tower", "multi_modal_projector"),
+    heads_divide_width=True,
 )

@@ -16,5 +16,10 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    name="llama", architecture="LlamaForCausalLM", read=_read, write=_write, names=decoder_names()
+    name="llama",
+    architecture="LlamaForCausalLM",
+    read=_read,
+    write=_write,
+    names=decoder_names(),
+    heads_divide_width=True,
 )
