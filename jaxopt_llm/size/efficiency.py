@@ -41,7 +41,7 @@ SERVER = Efficiency(
 
 UNCERTAINTY = (
     "Times are a model's, not a measurement: fitted to one table of a server on four v6e, they came out within 21 % of "
-    "the table of another model there; of a third model the time between tokens was 43 % short, that to the first token "
-    "66 %. Other TPUs, GPUs and this engine were not compared with. "
+    "the table of another model there; of a third model the time between tokens was 43 % short, that to the first "
+    "token 66 %. Other TPUs, GPUs and this engine were not compared with. "
     "least_tpot_ms is what the published figures of the chips allow at best."
 )

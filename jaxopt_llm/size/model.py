@@ -91,8 +91,10 @@ class Share:
             format or dtype.
         """
         config = shapes.config
-        _check(mesh, kv)
-        rounding = None if weights == FLOAT else quantization_format(weights)
+        rounding = rounding_of(weights, kv)
+        others = [axis for axis in ("stage", "expert", "sequence") if getattr(mesh, axis) > 1]
+        if others:
+            raise ValueError(f"mesh {mesh}: the engine splits over data and tensor, not yet over {others[0]}")
         sharding = Sharding(mesh.abstract(), config.units)
         sums = dict.fromkeys(("all", "dense", "expert"), 0)
         token_flops = row_flops = 0.0
@@ -168,12 +170,15 @@ class Share:
         return _FLOAT_BYTES * tokens * width + 2 * 4 * rows * config.vocab_size
 
 
-def _check(mesh: MeshSpec, kv: str) -> None:
-    others = [axis for axis in ("stage", "expert", "sequence") if getattr(mesh, axis) > 1]
-    if others:
-        raise ValueError(f"mesh {mesh}: the engine splits over data and tensor, not yet over {others[0]}")
+def rounding_of(weights: str, kv: str) -> Format | None:
+    """The format of weights; None for bfloat16.
+
+    Raises:
+      ValueError: for one that is unknown, or an unknown dtype of keys and values.
+    """
     if kv not in KV_DTYPES:
         raise ValueError(f"{kv=} is unknown; keys and values are {' or '.join(KV_DTYPES)}")
+    return None if weights == FLOAT else quantization_format(weights)
 
 
 def _leaves(

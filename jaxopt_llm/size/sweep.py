@@ -16,7 +16,7 @@ from jaxopt_llm.sharding import MeshSpec
 from jaxopt_llm.sharding.chips import CHIPS, Chip
 from jaxopt_llm.size.efficiency import ROOFLINE, SERVER
 from jaxopt_llm.size.here import HERE, here
-from jaxopt_llm.size.model import FLOAT, Shapes, Share
+from jaxopt_llm.size.model import FLOAT, Shapes, Share, rounding_of
 from jaxopt_llm.size.simulate import Served, simulate
 from jaxopt_llm.size.step import Piece, decode, prefill_s, step
 from jaxopt_llm.size.topology import Topology
@@ -151,6 +151,8 @@ def sweep(
         raise ValueError(
             f"a request has {traffic.longest} tokens, more than the model's context of {config.max_seq_len}"
         )
+    for form in weights:
+        rounding_of(form, kv)
     if kv == "int8" and any(chip.links > 1 for chip in chips):
         raise ValueError(
             "kv=int8: the engine keeps no int8 keys and values on a TPU yet; take bf16, or name GPUs alone"

@@ -5,12 +5,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxopt_llm as jo
-from jaxopt_llm.engine.layout import empty_state
-from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.kernels import quantization_format
-from jaxopt_llm.models import abstract, place, quantizable, specs, with_weights
+from jaxopt_llm.models import abstract, init_cache, place, quantizable, specs, with_weights
 from jaxopt_llm.sharding import MeshSpec, Sharding
 from jaxopt_llm.size.model import Shapes, Share
 from tests import families
@@ -41,7 +40,7 @@ def test_bytes_are_those_of_a_placed_model(name, mesh, weights, tmp_path):
         shapes = {n: form.shapes(s.shape) for n, s in specs(model).items() if quantizable(n, s.shape)}
         model = with_weights(model, shapes)
     placed = place(model, Sharding(spec.build(), config.units))
-    leaves = jax.tree.leaves(jo.models.weights(placed))
+    leaves = jax.tree.leaves(nnx.state(placed))
     expected = sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves
     )
@@ -77,12 +76,8 @@ def test_causal_attention_takes_half_of_the_square():
 def test_cache_bytes_are_those_of_the_engine(kv, dtype, tensor):
     """Of 8 key/value heads, 16 shards have one each: half of them copies."""
     config = llama(2)
-    sizes = SchedulerConfig(
-        max_slots=1, page_size=16, num_pages=(4,), windows=(None,), max_tokens_per_step=16, max_seq_len=64
-    )
-    mesh = None if tensor == 1 else MeshSpec(tensor=tensor).abstract()
-    state = jax.eval_shape(lambda: empty_state(config, sizes, jax.numpy.dtype(dtype), mesh, "cpu"))
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
+    cache = jax.eval_shape(lambda: init_cache(config, (4,), 16, jax.numpy.dtype(dtype), shards=tensor))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     share = Share.of(Shapes.of(config), MeshSpec(tensor=tensor), kv=kv)
     assert share.context_bytes(64) == held
 

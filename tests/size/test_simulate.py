@@ -7,6 +7,8 @@ from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.size.simulate import simulate
 from jaxopt_llm.size.traffic import Asked, Traffic, traffic
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # thousands of plans
+
 
 def sizes(slots, **changes):
     given = {
@@ -23,9 +25,9 @@ def sizes(slots, **changes):
 @pytest.mark.parametrize("load", [0.5, 0.8])
 def test_a_server_of_equal_steps_is_an_m_d_1_queue(load):
     """Pollaczek and Khinchine: the mean wait is load / (2 (1 - load)) services."""
-    asked = traffic(prompt=(1, 1), output=(1, 1), rate=load, requests=10_000)
+    asked = traffic(prompt=(1, 1), output=(1, 1), rate=load, requests=5_000)
     served = simulate(asked, sizes(1), lambda plan: 1.0)
-    assert (served.ttft_s - 1).mean() == pytest.approx(load / (2 * (1 - load)), rel=0.1)
+    assert (served.ttft_s - 1).mean() == pytest.approx(load / (2 * (1 - load)), rel=0.12)
     assert (served.ttft_s == served.latency_s).all()
 
 
