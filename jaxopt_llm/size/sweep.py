@@ -157,17 +157,17 @@ def sweep(
         raise ValueError(
             "kv=int8: the engine keeps no int8 keys and values on a TPU yet; take bf16, or name GPUs alone"
         )
-    for name, price in (prices or {}).items():
+    for name, given in (prices or {}).items():
         if name not in [chip.name for chip in chips]:
             raise ValueError(
-                f"price {name}={price}: {name} is none of {', '.join(chip.name for chip in chips)}"
+                f"price {name}={given}: {name} is none of {', '.join(chip.name for chip in chips)}"
             )
-        if not price > 0:
-            raise ValueError(f"price {name}={price} must be more than 0")
+        if not given > 0:
+            raise ValueError(f"price {name}={given} must be more than 0")
     shapes, levels = Shapes.of(config), levels or Levels()
     found: list[Candidate] = []
     for chip in chips:
-        price = prices[chip.name] if prices and chip.name in prices else chip.price
+        price = (prices or {}).get(chip.name, chip.price or 0.0) or None
         for form in weights:
             found += _of_chip(shapes, traffic, chip, topology, mesh, form, kv, levels, price)
     if not found:

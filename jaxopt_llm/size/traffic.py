@@ -136,10 +136,9 @@ def _drawn(name: str, span: tuple[int, int], count: int, generator: np.random.Ge
 def _read(path: Path) -> Iterator[Asked]:
     with path.open(encoding="utf-8") as file:
         first = file.readline().strip()
-        if first.startswith("{"):
-            parse, lines = _mooncake, itertools.chain([first], file)
-        else:
-            parse, lines = _columns(path, first.split(",")), file
+        is_json = first.startswith("{")
+        parse = _mooncake if is_json else _columns(path, first.split(","))
+        lines = itertools.chain([first] if is_json else [], file)
         for number, line in enumerate(lines, 1):
             try:
                 one = parse(line)

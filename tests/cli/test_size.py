@@ -74,9 +74,9 @@ def test_plot(run_cli, bare, tmp_path, form):
     ("arguments", "message"),
     [
         (["--chip=v9"], "chip v9 is unknown; known are this, v4"),
-        (["--chip=v5e", "--topology=3x3"], "there is no v5e slice '3x3'"),
-        (["--chip=v5e", "--mesh=tensor=3"], "mesh tensor=3 is of 3 devices"),
-        (["--chip=h100", "--mesh=tensor=8"], "does not divide"),
+        (["--chip=v5e", "--topology=3x3", *ASKED], "there is no v5e slice '3x3'"),
+        (["--chip=v5e", "--mesh=tensor=3", *ASKED], "mesh tensor=3 is of 3 devices"),
+        (["--chip=h100", "--mesh=tensor=8", *ASKED], "does not divide"),
         (["--rate=1", "--concurrency=2"], "exclude each other"),
         (["--price=h100"], "--price=h100: could not convert"),
         (["--price=v9=1"], "--price=v9=1: chip v9 is unknown"),
