@@ -3,6 +3,8 @@
 TPUs: Google Cloud's pages of each version ("TPU v5e" and so on, system architecture) and, for bandwidth a link, "How to
 Scale Your Model" (jax-ml.github.io/scaling-book, chapter 2). The memory is what the compiler of libtpu 0.0.42.1 leaves
 to a program. GPUs: NVIDIA's data sheets of each product, dense rates without sparsity; the memory is the card's own.
+Prices: Google Cloud's list of TPU prices, on demand, in the cheapest region. Other prices differ too much from one
+vendor to the next to have a default.
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ class Chip:
       link_bandwidth: bytes a second of one link to a neighbour, in one direction.
       links: of a chip; a GPU's all lead to one switch and count as one.
       devices: that JAX sees of a chip; all other figures are of the whole chip.
+      price: list price of an hour, in US dollars; None where there is no single one.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Chip:
     link_bandwidth: float
     links: int = 1
     devices: int = 1
+    price: float | None = None
 
 
 CHIPS = {
@@ -50,17 +54,17 @@ CHIPS = {
         Chip(
             name="v5e", kinds=("TPU v5 lite", "TPU v5e"),
             hbm_bytes=int(15.75 * _GIB), hbm_bandwidth=819e9,
-            bf16_flops=197e12, int8_ops=394e12, link_bandwidth=50e9, links=4,
+            bf16_flops=197e12, int8_ops=394e12, link_bandwidth=50e9, links=4, price=1.20,
         ),
         Chip(
             name="v5p", kinds=("TPU v5", "TPU v5p"),
             hbm_bytes=int(95.73 * _GIB), hbm_bandwidth=2.765e12,
-            bf16_flops=459e12, int8_ops=918e12, link_bandwidth=100e9, links=6,
+            bf16_flops=459e12, int8_ops=918e12, link_bandwidth=100e9, links=6, price=4.20,
         ),
         Chip(
             name="v6e", kinds=("TPU v6 lite", "TPU v6e"),
             hbm_bytes=int(31.24 * _GIB), hbm_bandwidth=1.638e12,
-            bf16_flops=918e12, int8_ops=1836e12, link_bandwidth=100e9, links=4,
+            bf16_flops=918e12, int8_ops=1836e12, link_bandwidth=100e9, links=4, price=2.70,
         ),
         Chip(  # without native int8; fp8 runs at twice the rate of bf16
             name="tpu7x", kinds=("TPU7x",),
@@ -91,6 +95,11 @@ CHIPS = {
             name="l4", kinds=("NVIDIA L4",),
             hbm_bytes=24 * 10**9, hbm_bandwidth=300e9,
             bf16_flops=121e12, int8_ops=242e12, link_bandwidth=32e9,
+        ),
+        Chip(  # PCIe 3.0 of 16 lanes; it has no bfloat16: the rate is that of float16
+            name="t4", kinds=("Tesla T4", "NVIDIA T4"),
+            hbm_bytes=16 * 10**9, hbm_bandwidth=320e9,
+            bf16_flops=65e12, int8_ops=130e12, link_bandwidth=16e9,
         ),
     )
 }  # fmt: skip

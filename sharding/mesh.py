@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 MESH_AXES = (
     "data",
@@ -14,6 +14,7 @@ MESH_AXES = (
     "sequence",
     "tensor",
 )  # outermost first: `tensor` gets the fastest links
+_AUTO = (AxisType.Auto,) * len(MESH_AXES)  # jax.make_mesh alone gives explicit axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class MeshSpec:
     @property
     def size(self) -> int:
         """Number of devices."""
-        return math.prod(getattr(self, axis) for axis in MESH_AXES)
+        return math.prod(self._shape)
 
     def __str__(self) -> str:
         named = [f"{axis}={getattr(self, axis)}" for axis in MESH_AXES if getattr(self, axis) > 1]
@@ -74,12 +75,18 @@ class MeshSpec:
                 f"mesh {self} needs {self.size} devices and there are {len(available)}; "
                 "name a smaller mesh, or on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=N"
             )
-        shape = tuple(getattr(self, axis) for axis in MESH_AXES)
-        types = (AxisType.Auto,) * len(MESH_AXES)  # jax.make_mesh alone gives explicit axes
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=available[: self.size])
+        return jax.make_mesh(self._shape, MESH_AXES, axis_types=_AUTO, devices=available[: self.size])
+
+    def abstract(self) -> AbstractMesh:
+        """The mesh without devices: enough to tell what shape each one's part of an array has."""
+        return AbstractMesh(self._shape, MESH_AXES, axis_types=_AUTO)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in MESH_AXES)
 
 
-def check_mesh(mesh: Mesh) -> None:
+def check_mesh(mesh: Mesh | AbstractMesh) -> None:
     """Refuses a mesh that our rules cannot use.
 
     Raises:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_llm.sharding.mesh import check_mesh
@@ -29,7 +29,7 @@ class AxisRules:
     mesh_axes: Mapping[str, str | None]
     replicated_if_uneven: frozenset[str] = frozenset()
 
-    def mesh_axis(self, logical: str, size: int, mesh: Mesh, what: str) -> str | None:
+    def mesh_axis(self, logical: str, size: int, mesh: Mesh | AbstractMesh, what: str) -> str | None:
         """The mesh axis that splits `size` units of a logical axis of the array named `what`."""
         if logical not in self.mesh_axes:
             raise ValueError(
@@ -70,6 +70,8 @@ RULES = AxisRules(
 class Sharding:
     """A mesh, the rules, and how many units each logical axis of the model has.
 
+    The mesh may be abstract: enough to tell shapes, where its devices are not there.
+
     An axis is split by whole units: `heads` of width `head_dim` are never cut, so `units["heads"]` is
     the number of heads, whatever the length of the array's dimension. `batch` is the caller's to split.
 
@@ -78,7 +80,7 @@ class Sharding:
         that nothing of this model would be split over.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     units: Mapping[str, int]
     rules: AxisRules = RULES
 

@@ -11,14 +11,12 @@ from absl import flags
 
 from jaxopt_llm import evaluate
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import JSON, LOADING, MODEL
+from jaxopt_llm.cli.flags import CONCURRENCY, JSON, LOADING, MODEL, OUTPUT_TOKENS
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.engine import EngineConfig
 
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 512, "Length of each prompt.")
-OUTPUT_TOKENS = flags.DEFINE_integer("output_tokens", 128, "Tokens that each sequence generates.")
-CONCURRENCY = flags.DEFINE_integer("concurrency", 1, "Sequences that run together.")
 REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs.")
 CACHE_DTYPE = flags.DEFINE_string(
     "cache_dtype", None, "Type of keys and values: float32, bfloat16, float16, int8. Unset: the model's."
@@ -26,15 +24,16 @@ CACHE_DTYPE = flags.DEFINE_string(
 
 
 def main(argv: Sequence[str]) -> None:
-    evaluate.check_lengths(prompt_tokens=PROMPT_TOKENS.value, output_tokens=OUTPUT_TOKENS.value)
+    output_tokens = 128 if OUTPUT_TOKENS.value is None else OUTPUT_TOKENS.value
+    evaluate.check_lengths(prompt_tokens=PROMPT_TOKENS.value, output_tokens=output_tokens)
     config = EngineConfig(cache_dtype=CACHE_DTYPE.value)
     model, _ = load(MODEL.value, **LOADING.value)
     with stages("runs") as report:
         found = evaluate.speed(
             model,
             prompt_tokens=PROMPT_TOKENS.value,
-            output_tokens=OUTPUT_TOKENS.value,
-            concurrency=CONCURRENCY.value,
+            output_tokens=output_tokens,
+            concurrency=1 if CONCURRENCY.value is None else CONCURRENCY.value,
             repeats=REPEATS.value,
             config=config,
             progress=functools.partial(report, "timing"),

@@ -108,6 +108,22 @@ CHAT = flags.DEFINE_boolean(
 LOGPROBS = flags.DEFINE_boolean(
     "logprobs", False, "Give the log-probability of each generated token.", flag_values=SHARED
 )
+CHIP = flags.DEFINE_string(
+    "chip",
+    None,
+    "Chip, such as v5e, that need not be there. inspect --step compiles for it, or for here, the default. size "
+    "considers several, v5e,v5p,v6e,a100,h100 unless named; this measures the machine at hand.",
+    flag_values=SHARED,
+)
+CONCURRENCY = flags.DEFINE_integer(
+    "concurrency", None, "Sequences that run together. Unset: 1; for size 16.", flag_values=SHARED
+)
+OUTPUT_TOKENS = flags.DEFINE_integer(
+    "output_tokens",
+    None,
+    "Tokens that each sequence generates. Unset: 128; for size 256.",
+    flag_values=SHARED,
+)
 
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Generate at most so many tokens.", flag_values=SHARED)
 TEMPERATURE = flags.DEFINE_float(

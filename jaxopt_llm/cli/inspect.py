@@ -15,15 +15,10 @@ from absl import flags
 
 from jaxopt_llm import checkpoints
 from jaxopt_llm.cli import inspect_step, show
-from jaxopt_llm.cli.flags import DTYPE, JSON, MODEL, QUANTIZE
+from jaxopt_llm.cli.flags import CHIP, DTYPE, JSON, MODEL, QUANTIZE
 from jaxopt_llm.models import ModelConfig, ParamSpec, abstract, num_params, specs
 
 STEP = flags.DEFINE_boolean("step", False, "Compile the decode step and tell what it does.")
-CHIP = flags.DEFINE_string(
-    "chip",
-    inspect_step.HERE,
-    "With --step: the chip to compile for, such as v5e; here measures this machine.",
-)
 ROWS = flags.DEFINE_integer("rows", 1, "With --step: sequences that decode together.")
 CONTEXT = flags.DEFINE_integer("context", 1024, "With --step: tokens of each in the cache.")
 
@@ -44,7 +39,7 @@ def _step() -> None:
         MODEL.value,
         dtype=DTYPE.value,
         quantize=QUANTIZE.value,
-        chip=CHIP.value,
+        chip=inspect_step.HERE if CHIP.value is None else CHIP.value,
         rows=ROWS.value,
         context=CONTEXT.value,
         fusions=FUSIONS.value,

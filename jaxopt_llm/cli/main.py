@@ -27,6 +27,7 @@ COMMANDS = {
     "report": ("jaxopt_llm.cli.report", "compare models: a table, and a page with plots"),
     "convert": ("jaxopt_llm.cli.convert", "write a model in another format: orbax, hf, gguf"),
     "bench engine": ("jaxopt_llm.cli.bench_engine", "time the engine on a model"),
+    "size": ("jaxopt_llm.cli.size", "which chips serve a model, how fast, and what they cost"),
     "inspect": ("jaxopt_llm.cli.inspect", "family, shapes and bytes of a model, without loading it"),
     "env": ("jaxopt_llm.cli.env", "versions, devices, kernels, caches"),
 }

@@ -1,0 +1,145 @@
+"""Which chips serve a model under given traffic: what fits, latencies, tokens a second, what they cost and what binds.
+
+Weights are not needed, a config is enough. Step times come from published figures of the chips, and from how much of
+them a server reached on a v6e-4 (no GPU was compared with); a simulation of the engine's own scheduler gives
+percentiles. Traffic is --rate requests a second, or --concurrency requests at once; lengths are --input_tokens and
+--output_tokens on average, or those of a --trace in Azure's or Mooncake's form.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from absl import flags
+
+from jaxopt_llm import checkpoints
+from jaxopt_llm import size as sizing
+from jaxopt_llm.cli import show
+from jaxopt_llm.cli.flags import CHIP, CONCURRENCY, JSON, MESH, MODEL, OUTPUT_TOKENS
+from jaxopt_llm.cli.writing import out_path
+
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "The one slice to consider: 2x4 of TPUs, 8 of GPUs. Unset: all."
+)
+INPUT_TOKENS = flags.DEFINE_integer("input_tokens", None, "Mean length of prompts. Unset: 1024.")
+SPREAD = flags.DEFINE_float(
+    "spread", None, "Lengths differ from their mean by up to this share of it, evenly."
+)
+TRACE = flags.DEFINE_string("trace", None, "File of requests, in place of drawn lengths and times.")
+RATE = flags.DEFINE_float(
+    "rate", None, "Requests a second, at random times; of a trace, to stretch its times to."
+)
+REQUESTS = flags.DEFINE_integer("requests", 256, "Requests to simulate; the first of a trace.")
+TTFT_MS = flags.DEFINE_float("ttft_ms", None, "Longest time to the first token.")
+TPOT_MS = flags.DEFINE_float("tpot_ms", None, "Longest mean time between later tokens.")
+LATENCY_MS = flags.DEFINE_float("latency_ms", None, "Longest time to the last token.")
+PERCENTILE = flags.DEFINE_float("percentile", 95, "Of requests, that these times hold for.")
+WEIGHTS = flags.DEFINE_list(
+    "weights", ["bf16"], "Precisions to consider: bf16, or what --quantize takes elsewhere."
+)
+KV = flags.DEFINE_string("kv", "bf16", "Precision of keys and values: bf16 or int8.")
+PRICE = flags.DEFINE_list("price", [], "US dollars for an hour of a chip, such as v5e=1.2,h100=2.5.")
+PLOT = flags.DEFINE_string(
+    "plot", None, "Where to draw cost against time between tokens: an .svg or .png file."
+)
+_SHOWN = 20
+_DEFAULT_CHIPS = "v5e,v5p,v6e,a100,h100"
+
+
+def main(argv: Sequence[str]) -> None:
+    plot = None if PLOT.value is None else out_path(PLOT.value, marker=None)
+    if plot is not None:
+        sizing.check_plot(plot)
+    chips = sizing.chips_of((_DEFAULT_CHIPS if CHIP.value is None else CHIP.value).split(","))
+    levels = sizing.Levels(
+        ttft_ms=TTFT_MS.value, tpot_ms=TPOT_MS.value, latency_ms=LATENCY_MS.value, percentile=PERCENTILE.value
+    )
+    traffic = _traffic()
+    config, _ = checkpoints.read_config(MODEL.value)
+    ranked = sizing.sweep(
+        config,
+        traffic,
+        chips=chips,
+        topology=TOPOLOGY.value,
+        mesh=MESH.value,
+        weights=WEIGHTS.value,
+        kv=KV.value,
+        levels=levels,
+        prices=_prices(PRICE.value),
+    )
+    told = sizing.explanation(ranked, traffic_is_timed=traffic.rate is not None)
+    if plot is not None:
+        sizing.draw(ranked, plot)
+    if JSON.value:
+        plain = [
+            dataclasses.asdict(one) | {name: _named(getattr(one, name)) for name in _NESTED} for one in ranked
+        ]
+        best = plain[0] if ranked[0].fits else None
+        show.json_line(
+            {"candidates": plain, "best": best, "explanation": told, "uncertainty": sizing.UNCERTAINTY}
+        )
+    else:
+        _tell(ranked, told)
+
+
+_NESTED = ("bytes_per_chip", "ttft_ms", "tpot_ms", "latency_ms")
+
+
+def _named(value: tuple[float, ...] | None) -> dict[str, float] | None:
+    return None if value is None else value._asdict()  # type: ignore[attr-defined]
+
+
+def _traffic() -> sizing.Traffic:
+    lengths = (INPUT_TOKENS, OUTPUT_TOKENS, SPREAD)
+    given = [f"--{holder.name}" for holder in lengths if holder.value is not None]
+    if TRACE.value is not None and given:
+        raise ValueError(f"{' and '.join(given)} would not be looked at: --trace has its own lengths")
+    mean_input, mean_output, spread = (
+        default if holder.value is None else holder.value
+        for holder, default in zip(lengths, (1024, 256, 0.0), strict=True)
+    )
+    if not 0 <= spread < 1:
+        raise ValueError(f"{spread=} must be at least 0 and less than 1")
+    span = lambda mean: (round(mean * (1 - spread)), round(mean * (1 + spread)))
+    untimed = RATE.value is None and TRACE.value is None
+    return sizing.traffic(
+        prompt=span(mean_input),
+        output=span(mean_output),
+        trace=TRACE.value,
+        rate=RATE.value,
+        concurrency=16 if CONCURRENCY.value is None and untimed else CONCURRENCY.value,
+        requests=REQUESTS.value,
+    )
+
+
+def _prices(items: Sequence[str]) -> dict[str, float]:
+    prices = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        try:
+            prices[sizing.chips_of([name])[0].name] = float(value)
+        except ValueError as error:
+            raise ValueError(f"--price={item}: {error}") from None
+    return prices
+
+
+def _tell(ranked: Sequence[sizing.Candidate], told: str) -> None:
+    columns = (
+        "chip", "topology", "mesh", "weights", "batch", "fits", "meets", "TTFT ms p50 / p95", "TPOT ms p50 / p95",
+        "tokens/s", "$/Mtok", "binds",
+    )  # fmt: skip
+    rows = [
+        (
+            one.chip, one.topology, one.mesh, one.weights_dtype, one.batch, one.fits, one.meets,
+            _pair(one.ttft_ms), _pair(one.tpot_ms), one.tokens_per_s and round(one.tokens_per_s),
+            None if one.usd_per_mtok is None else f"{one.usd_per_mtok:,.2f}", one.bound,
+        )
+        for one in ranked[:_SHOWN]
+    ]  # fmt: skip
+    show.table(columns, rows, right=(4, 7, 8, 9, 10))
+    if len(ranked) > _SHOWN:
+        print(f"and {len(ranked) - _SHOWN} more: --json has them all")
+    print(f"\n{told}\n\n{sizing.UNCERTAINTY}")
+
+
+def _pair(times: sizing.Percentiles | None) -> str | None:
+    return None if times is None else f"{times.p50:,.1f} / {times.p95:,.1f}"

@@ -1,0 +1,194 @@
+"""What one device of a mesh holds, reads and computes of a model: counted from shapes, split as the engine splits."""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_llm.kernels import QArray
+from jaxopt_llm.kernels.formats import Format, quantization_format
+from jaxopt_llm.models import ModelConfig, ParamSpec, abstract, quantizable, shardings, specs
+from jaxopt_llm.sharding import MeshSpec, Sharding
+
+FLOAT, KV_DTYPES = "bf16", ("bf16", "int8")
+_FLOAT_BYTES = 2
+_SCALE_BYTES = 4  # of int8 keys and values: a float32 a token and head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The parameters of a model, layers that are alike only once: tracing all of them takes minutes."""
+
+    config: ModelConfig
+    parameters: tuple[tuple[str, ParamSpec, int], ...]  # and how many layers have one like it
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Self:
+        kinds = [config.has_experts(layer) for layer in range(config.num_layers)]
+        firsts = sorted({kinds.index(kind) for kind in kinds})
+        experts = config.experts and dataclasses.replace(
+            config.experts, layers=tuple(kinds[layer] for layer in firsts)
+        )
+        few = dataclasses.replace(
+            config,
+            num_layers=len(firsts),
+            windows=tuple(config.windows[layer] for layer in firsts),
+            experts=experts,
+        )
+        counts = {f"layers.{place}.": kinds.count(kinds[layer]) for place, layer in enumerate(firsts)}
+        found = []
+        for name, spec in specs(abstract(few, jnp.bfloat16)).items():
+            prefix = ".".join(name.split(".")[:2]) + "."
+            found.append((name, spec, counts.get(prefix, 1)))
+        return cls(config=config, parameters=tuple(found))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one device of a mesh has of a model; bytes and operations are its own.
+
+    Attributes:
+      config: of the model.
+      tensor: shards of each layer.
+      weight_bytes: of all parameters, scales included.
+      dense_bytes: of those that every step reads: neither experts nor an embedding that is only looked up.
+      expert_bytes: of experts, of which a step reads those that its tokens are sent to.
+      token_flops: of the products that each token goes through.
+      row_flops: of the head, for each row whose logits are wanted.
+      kv_bytes: a token and layer.
+      layers: how many see so many positions; infinity for all.
+      integer: whether products take int8 activations and weights, at the chip's rate for those.
+    """
+
+    config: ModelConfig
+    tensor: int
+    weight_bytes: int
+    dense_bytes: int
+    expert_bytes: int
+    token_flops: float
+    row_flops: float
+    kv_bytes: int
+    layers: tuple[tuple[float, int], ...]
+    integer: bool
+
+    @classmethod
+    def of(cls, shapes: Shapes, mesh: MeshSpec, weights: str = FLOAT, kv: str = FLOAT) -> Self:
+        """The share on a mesh of `data` and `tensor` axes.
+
+        Args:
+          shapes: of the model.
+          mesh: over which it is spread.
+          weights: `bf16`, or a format that `--quantize` takes.
+          kv: dtype of keys and values, of `KV_DTYPES`.
+
+        Raises:
+          ValueError: for a mesh that does not divide an axis, or that the engine has no steps for; for an unknown
+            format or dtype.
+        """
+        config = shapes.config
+        rounding = rounding_of(weights, kv)
+        others = [axis for axis in ("stage", "expert", "sequence") if getattr(mesh, axis) > 1]
+        if others:
+            raise ValueError(f"mesh {mesh}: the engine splits over data and tensor, not yet over {others[0]}")
+        sharding = Sharding(mesh.abstract(), config.units)
+        sums = dict.fromkeys(("all", "dense", "expert"), 0)
+        token_flops = row_flops = 0.0
+        for name, spec, count in shapes.parameters:
+            leaves = list(_leaves(name, spec, rounding, sharding))
+            nbytes = count * sum(math.prod(shape) * itemsize for shape, itemsize in leaves)
+            sums["all"] += nbytes
+            if name == "embed.weight" and not config.tied:
+                continue
+            is_expert = "experts" in spec.axes
+            sums["expert" if is_expert else "dense"] += nbytes
+            if len(spec.shape) < 2:
+                continue
+            local = sharding.named(spec.axes, name).shard_shape(spec.shape)
+            flops = 2.0 * count * math.prod(local)
+            if name in ("embed.weight", "head.weight"):
+                row_flops += flops
+            elif is_expert and config.experts:
+                token_flops += flops * config.experts.per_token / config.experts.count
+            else:
+                token_flops += flops
+        heads = config.kv_heads_of_shard(mesh.tensor)
+        head_bytes = _FLOAT_BYTES * config.head_dim if kv == FLOAT else config.head_dim + _SCALE_BYTES
+        return cls(
+            config=config,
+            tensor=mesh.tensor,
+            weight_bytes=sums["all"],
+            dense_bytes=sums["dense"],
+            expert_bytes=sums["expert"],
+            token_flops=token_flops,
+            row_flops=row_flops,
+            kv_bytes=2 * heads * head_bytes,
+            layers=tuple(collections.Counter(window or math.inf for window in config.windows).items()),
+            integer=rounding is not None and rounding.act == (8, None),
+        )
+
+    def context_bytes(self, tokens: float) -> float:
+        """Keys and values of a sequence of so many tokens: layers with a window hold no more than that."""
+        return self.kv_bytes * sum(count * min(tokens, window) for window, count in self.layers)
+
+    def read_bytes(self, tokens: int) -> float:
+        """Weights that a step of so many tokens reads: of E experts, k a token, E(1-(1-k/E)^tokens) are touched."""
+        experts = self.config.experts
+        if experts is None:
+            return self.dense_bytes
+        untouched = (1 - experts.per_token / experts.count) ** tokens
+        return self.dense_bytes + self.expert_bytes * (1 - untouched)
+
+    def attention_flops(self, start: int, length: int) -> float:
+        """Scores and sums of values of so many tokens from position `start` on, each seeing those before it."""
+        whole = length * (start + (length + 1) / 2)  # pairs of a token and one that it sees
+        pairs = sum(count * min(whole, length * window) for window, count in self.layers)
+        return 4 * pairs * self.config.q_width / self.tensor
+
+    @functools.cached_property
+    def layer_rows(self) -> float:
+        """Rows of the model's width that are summed over the tensor axis for each token of a step.
+
+        One after attention, one after the feed-forward part (experts are summed before they are weighed, so each of a
+        token's experts is a row), one for the embedding.
+        """
+        config = self.config
+        parts = [
+            1 + (config.experts.per_token if config.experts and config.has_experts(layer) else 1)
+            for layer in range(config.num_layers)
+        ]
+        return 1 + sum(parts)
+
+    def temporary_bytes(self, rows: int, tokens: int) -> int:
+        """A guess at what a step needs beside weights and cache: activations of one layer, and logits with a copy."""
+        config = self.config
+        width = 4 * config.d_model + (2 * config.d_ff + config.q_width + 2 * config.kv_width) // self.tensor
+        return _FLOAT_BYTES * tokens * width + 2 * 4 * rows * config.vocab_size
+
+
+def rounding_of(weights: str, kv: str) -> Format | None:
+    """The format of weights; None for bfloat16.
+
+    Raises:
+      ValueError: for one that is unknown, or an unknown dtype of keys and values.
+    """
+    if kv not in KV_DTYPES:
+        raise ValueError(f"{kv=} is unknown; keys and values are {' or '.join(KV_DTYPES)}")
+    return None if weights == FLOAT else quantization_format(weights)
+
+
+def _leaves(
+    name: str, spec: ParamSpec, rounding: Format | None, sharding: Sharding
+) -> Iterator[tuple[Sequence[int], int]]:
+    """Shape and bytes a number of each array that one device has of a parameter."""
+    weight: QArray | jax.ShapeDtypeStruct = jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
+    if rounding is not None and quantizable(name, spec.shape):
+        rounding.check(spec.shape[-1], name)
+        weight = rounding.shapes(spec.shape)
+    where = shardings(spec, weight, sharding, name)
+    for leaf, place in zip(jax.tree.leaves(weight), jax.tree.leaves(where), strict=True):
+        yield place.shard_shape(leaf.shape), jnp.dtype(leaf.dtype).itemsize

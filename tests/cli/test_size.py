@@ -1,0 +1,94 @@
+"""`size`: which chips serve a model."""
+
+import json
+
+import pytest
+
+from tests import families
+
+ASKED = ("--input_tokens=64", "--output_tokens=8", "--requests=8")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A config without weights."""
+    folder = tmp_path_factory.mktemp("bare")
+    families.write("qwen3", folder)
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_json(run_cli, bare):
+    done = run_cli("size", f"--model={bare}", "--chip=v5e,h100", "--price=h100=2", *ASKED, "--json")
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    best = report["best"]
+    assert best == report["candidates"][0]
+    assert {one["chip"] for one in report["candidates"]} == {"v5e", "h100"}
+    assert best.keys() >= {
+        "chip", "topology", "chips", "mesh", "weights_dtype", "kv_dtype", "max_batch", "fits", "bytes_per_chip",
+        "ttft_ms", "tpot_ms", "tokens_per_s", "usd_per_mtok", "bound",
+    }  # fmt: skip
+    assert best["bytes_per_chip"].keys() == {"weights", "kv", "temporaries"}
+    assert 0 < best["tpot_ms"]["p50"] <= best["tpot_ms"]["p95"]
+    assert best["chip"] in report["explanation"]
+    assert "not a measurement" in report["uncertainty"]
+
+
+def test_table(run_cli, bare):
+    done = run_cli("size", f"--model={bare}", "--chip=v5e", "--topology=1x1", "--rate=5", *ASKED)
+    assert done.code == 0, done.stderr
+    head, _, row = (line.split("|") for line in done.stdout.splitlines()[:3])
+    cells = dict(zip(map(str.strip, head), map(str.strip, row), strict=True))
+    assert (cells["chip"], cells["topology"], cells["fits"], cells["meets"]) == ("v5e", "1x1", "yes", "yes")
+    assert "v5e 1x1 (data=1, bf16) wins: $" in done.stdout
+    assert "it is the only one that fits" in done.stdout
+
+
+def test_gguf_and_a_trace(run_cli, data_dir, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n30,4\n20,5\n")
+    done = run_cli(
+        "size",
+        f"--model={data_dir / 'stories260K.gguf'}",
+        f"--trace={trace}",
+        "--rate=1",
+        "--chip=this",
+        "--json",
+    )
+    assert done.code == 0, done.stderr
+    best = json.loads(done.stdout.splitlines()[-1])["best"]
+    assert (best["chip"], best["fits"], best["usd_per_mtok"]) == ("this", True, None)
+
+
+@pytest.mark.parametrize("form", ["svg", "png"])
+def test_plot(run_cli, bare, tmp_path, form):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"front.{form}"
+    done = run_cli("size", f"--model={bare}", "--chip=v5e", f"--plot={path}", *ASKED)
+    assert done.code == 0, done.stderr
+    assert path.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chip=v9"], "chip v9 is unknown; known are this, v4"),
+        (["--chip=v5e", "--topology=3x3", *ASKED], "there is no v5e slice '3x3'"),
+        (["--chip=v5e", "--mesh=tensor=3", *ASKED], "mesh tensor=3 is of 3 devices"),
+        (["--chip=h100", "--mesh=tensor=8", *ASKED], "does not divide"),
+        (["--rate=1", "--concurrency=2"], "exclude each other"),
+        (["--price=h100"], "--price=h100: could not convert"),
+        (["--price=v9=1"], "--price=v9=1: chip v9 is unknown"),
+        (["--trace=nowhere.csv"], "nowhere.csv: No such file"),
+        (["--trace=nowhere.csv", "--spread=0.1"], "--spread would not be looked at"),
+        (["--spread=1"], "spread=1.0 must be"),
+        (["--plot=front.pdf"], "must end in .svg or .png"),
+        (["--ttft_ms=0"], "ttft_ms=0.0 must be more than 0"),
+    ],
+)
+def test_mistakes(run_cli, bare, arguments, message):
+    done = run_cli("size", f"--model={bare}", *arguments)
+    assert done.code == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
