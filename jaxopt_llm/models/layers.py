@@ -15,10 +15,13 @@ Axes = Sequence[str | None]
 
 
 def parameter(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, fill: float | None = None
+    rngs: nnx.Rngs | None, shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, fill: float | None = None
 ) -> nnx.Param:
-    """A parameter that knows its logical axes; normal of width 0.02, or `fill`."""
-    if fill is None:
+    """A parameter that knows its logical axes; normal of width 0.02, or `fill`. Without `rngs` it is a shape alone."""
+    value: jax.Array | jax.ShapeDtypeStruct
+    if rngs is None:
+        value = jax.ShapeDtypeStruct(shape, dtype)
+    elif fill is None:
         value = (jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype)
     else:
         value = jnp.full(shape, fill, dtype)
@@ -42,7 +45,7 @@ class Linear(nnx.Module):
         bias: bool = False,
         reduce: str | None = None,
         dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         self.weight = parameter(rngs, shape, axes, dtype)
         self.bias = parameter(rngs, shape[:-1], axes[:-1], dtype, fill=0.0) if bias else None
@@ -80,7 +83,7 @@ class Fused(nnx.Module):
 class Embedding(nnx.Module):
     """A table of rows; `attend` uses it as the head."""
 
-    def __init__(self, vocab: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, vocab: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.weight = parameter(rngs, (vocab, width), ("vocab", "embed"), dtype)
         self.vocab = vocab
 
@@ -102,7 +105,14 @@ class Norm(nnx.Module):
     """Root-mean-square norm whose gain is `weight + offset`."""
 
     def __init__(
-        self, width: int, *, axes: Axes = (None,), eps: float, offset: float, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        width: int,
+        *,
+        axes: Axes = (None,),
+        eps: float,
+        offset: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs | None,
     ):
         self.weight = parameter(rngs, (width,), axes, dtype, fill=1.0 - offset)
         self.width, self.eps, self.offset = width, eps, offset

@@ -29,7 +29,7 @@ _SWIGLU_SLOPE = 1.702  # gpt-oss: the sigmoid that comes nearest to GELU
 class Attention(nnx.Module):
     """Grouped-query attention (arXiv:2305.13245) over pages or over a uniform batch."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         project = functools.partial(Linear, dtype=dtype, rngs=rngs)
         d, q_width, kv_width = config.d_model, config.q_width, config.kv_width
         self.q = project((q_width, d), ("heads", "embed"), bias=config.qkv_bias)
@@ -91,7 +91,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Gated feed-forward layer (arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         project = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate = project((config.d_ff, config.d_model), ("mlp", "embed"))
         self.up = project((config.d_ff, config.d_model), ("mlp", "embed"))
@@ -111,7 +111,7 @@ class MLP(nnx.Module):
 class MoE(nnx.Module):
     """Top-k mixture of gated feed-forward experts (arXiv:2401.04088, section 2.1)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         experts = config.experts
         if experts is None:
             raise ValueError("config.experts is None")
@@ -153,7 +153,7 @@ class MoE(nnx.Module):
 class Layer(nnx.Module):
     """Attention and feed-forward, each with its norms and residual."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         norm = functools.partial(
             Norm, config.d_model, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, rngs=rngs
         )
@@ -189,10 +189,10 @@ class Transformer(nnx.Module):
     Args:
       config: what the model is.
       dtype: of parameters and activations; scores, norms and logits are computed in float32.
-      rngs: for random initial weights.
+      rngs: for random initial weights; None leaves shapes in their place.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs | None):
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.embed = Embedding(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(Layer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers))

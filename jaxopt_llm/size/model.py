@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Self
 
@@ -22,30 +23,16 @@ _SCALE_BYTES = 4  # of int8 keys and values: a float32 a token and head
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """The parameters of a model, layers that are alike only once: tracing all of them takes minutes."""
+    """The parameters of a model, those of layers that are alike once."""
 
     config: ModelConfig
     parameters: tuple[tuple[str, ParamSpec, int], ...]  # and how many layers have one like it
 
     @classmethod
     def of(cls, config: ModelConfig) -> Self:
-        kinds = [config.has_experts(layer) for layer in range(config.num_layers)]
-        firsts = sorted({kinds.index(kind) for kind in kinds})
-        experts = config.experts and dataclasses.replace(
-            config.experts, layers=tuple(kinds[layer] for layer in firsts)
-        )
-        few = dataclasses.replace(
-            config,
-            num_layers=len(firsts),
-            windows=tuple(config.windows[layer] for layer in firsts),
-            experts=experts,
-        )
-        counts = {f"layers.{place}.": kinds.count(kinds[layer]) for place, layer in enumerate(firsts)}
-        found = []
-        for name, spec in specs(abstract(few, jnp.bfloat16)).items():
-            prefix = ".".join(name.split(".")[:2]) + "."
-            found.append((name, spec, counts.get(prefix, 1)))
-        return cls(config=config, parameters=tuple(found))
+        own = specs(abstract(config, jnp.bfloat16)).items()
+        counted = collections.Counter((re.sub(r"^layers\.\d+", "layers.0", name), spec) for name, spec in own)
+        return cls(config=config, parameters=tuple((*one, count) for one, count in counted.items()))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,17 @@ from jax.sharding import PartitionSpec as P
 
 import jaxopt_llm as jo
 from jaxopt_llm import engine
-from jaxopt_llm.models import Transformer, mesh_of, num_bytes, num_params, place, specs, weights, with_weights
+from jaxopt_llm.models import (
+    Transformer,
+    abstract,
+    mesh_of,
+    num_bytes,
+    num_params,
+    place,
+    specs,
+    weights,
+    with_weights,
+)
 from jaxopt_llm.models.families import parse_config
 from jaxopt_llm.sharding import MeshSpec, Sharding
 from tests import families
@@ -24,6 +34,17 @@ FAMILIES = ["mistral", "gemma3_text", "gpt_oss", "olmo2"]
 @pytest.fixture(scope="module")
 def model():
     return two_layers("mistral")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shapes_without_values_are_those_of_a_model(name):
+    """Graph and parameters, as `nnx.eval_shape` finds them of a model with random weights."""
+    config = parse_config(families.recorded(name)["config"])
+    made = nnx.eval_shape(lambda: Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    (graph, shapes), (other, expected) = nnx.split(abstract(config, jnp.bfloat16)), nnx.split(made)
+    assert graph == other
+    leaf = lambda x: (x.shape, x.dtype)
+    assert jax.tree.map(leaf, jax.tree.leaves(shapes)) == jax.tree.map(leaf, jax.tree.leaves(expected))
 
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 97, (4, 24)))
