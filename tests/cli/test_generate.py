@@ -10,6 +10,7 @@ import pytest
 import jaxopt_llm as jo
 from jaxopt_llm.cli import flags
 from jaxopt_llm.engine import Engine, SamplingParams, encode
+from jaxopt_llm.engine.drafting import Drafting
 from tests import adapters
 
 PROMPT = "Once upon a time"
@@ -120,7 +121,9 @@ def test_times_leave_out_compilation(storyteller):
 
 
 @pytest.mark.parametrize("how", ["--prompt_lookup", "--draft_model"])
-def test_the_same_text_with_drafts(generate, storyteller, expected, how):
+def test_the_same_text_with_drafts(generate, storyteller, expected, how, monkeypatch):
+    """As many as there may be from the first round on: whether they pay is for the clock of the machine to say."""
+    monkeypatch.setattr(Drafting, "level", lambda self, records, rows: self.levels[-1])
     done = generate(how if how == "--prompt_lookup" else f"{how}={storyteller}")
     assert done.stdout == expected.text + "\n"
     if how == "--draft_model":
