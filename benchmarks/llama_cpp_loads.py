@@ -90,7 +90,7 @@ def compare(source: str, dtype: str, scratch: Path) -> dict[str, Any]:
 
 @functools.cache
 def pruned() -> tuple[Transformer, Tokenizer | None]:
-    """70 % of the parameters outside the embedding, fitted to a text so short that it takes a minute."""
+    """70 % of the parameters outside the embedding, fitted to a short text."""
     model, tokenizer = jo.load("smollm2-135m-instruct", dtype="float32")
     ids = calibration_ids(model, tokenizer, sample_text(), sequences=4, length=256)
     kept = prune.choose(prune.importance(model, ids), model.config, prune.fit(model, 0.7))

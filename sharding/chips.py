@@ -3,7 +3,7 @@
 TPUs: Google Cloud's pages of each version ("TPU v5e" and so on, system architecture) and, for bandwidth a link, "How to
 Scale Your Model" (jax-ml.github.io/scaling-book, chapter 2). The memory is what the compiler of libtpu 0.0.42.1 leaves
 to a program. GPUs: NVIDIA's data sheets of each product, dense rates without sparsity; the memory is the card's own.
-Prices: Google Cloud's list of TPU prices, on demand, in the cheapest region. Other prices differ too much from one
+Prices: list prices of a chip and hour on Google Cloud, which change: give your own. Others differ too much from one
 vendor to the next to have a default.
 """
 

@@ -2,8 +2,8 @@
 
 jaxopt-llm optimize --config=magnitude50 --out=out/smollm2-magnitude50
 
-SmolLM2-135M made over so that it lies on no 4-bit grid (`python -m benchmarks.pruning --parts=magnitude`, first four
-windows of 1,024 tokens of WikiText-2's test split): perplexity 23.24 to 1,821.
+SmolLM2-135M made over so that it lies on no 4-bit grid, first four windows of 1,024 tokens of WikiText-2's test split:
+perplexity 23.24 to 1,821.
 """
 
 from jaxopt_llm.optimize import Recipe, Sparsify

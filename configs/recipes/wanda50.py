@@ -2,9 +2,8 @@
 
 jaxopt-llm optimize --config=wanda50 --calibration=TRAIN.txt --text=TEST.txt --out=out/smollm2-wanda50
 
-SmolLM2-135M made over so that it lies on no 4-bit grid (`python -m benchmarks.pruning --parts=wanda`, first four
-windows of 1,024 tokens of WikiText-2's test split, calibrated on 16 x 512 tokens of the train split): perplexity 23.24
-to 50.5.
+SmolLM2-135M made over so that it lies on no 4-bit grid, first four windows of 1,024 tokens of WikiText-2's test split:
+perplexity 23.24 to 50.5, calibrated on 16 x 512 tokens of the train split.
 """
 
 from jaxopt_llm.optimize import Recipe, Sparsify

@@ -84,8 +84,8 @@ def main(argv: Sequence[str]) -> None:
 _NESTED = ("bytes_per_chip", "ttft_ms", "tpot_ms", "latency_ms")
 
 
-def _named(value: tuple[float, ...] | None) -> dict[str, float] | None:
-    return None if value is None else value._asdict()  # type: ignore[attr-defined]
+def _named(value: sizing.Percentiles | sizing.Bytes | None) -> dict[str, float] | None:
+    return None if value is None else value._asdict()
 
 
 def _traffic() -> sizing.Traffic:

@@ -117,6 +117,7 @@ class _Probe:
         for layer in range(model.config.num_layers):
             states.append(through(model, layer, states[-1]))
         self.states = jax.device_get(states)
+        _, self.top = nnx.split(without_layers(model))
 
     def loss(self, name: str, format: Format) -> float:
         """What rounding one matrix costs."""
@@ -125,8 +126,7 @@ class _Probe:
         rounded = format.quantize(floats).dequantize(floats.dtype)
         changed = with_weights(self.model, {name: rounded})
         graph, params = nnx.split(without_layers(changed))
-        _, original = nnx.split(without_layers(self.model))
-        found = float(_kld(graph, params, original, self._after(changed, name), self.states[-1]))
+        found = float(_kld(graph, params, self.top, self._after(changed, name), self.states[-1]))
         if not np.isfinite(found):
             raise ValueError(
                 f"the KL divergence with {name} rounded is {found}; load the model in a dtype of a wider range, "

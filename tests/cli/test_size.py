@@ -63,7 +63,6 @@ def test_gguf_and_a_trace(run_cli, data_dir, tmp_path):
 
 @pytest.mark.parametrize("form", ["svg", "png"])
 def test_plot(run_cli, bare, tmp_path, form):
-    pytest.importorskip("matplotlib")
     path = tmp_path / f"front.{form}"
     done = run_cli("size", f"--model={bare}", "--chip=v5e", f"--plot={path}", *ASKED)
     assert done.code == 0, done.stderr
