@@ -90,16 +90,15 @@ def speed(
         prefix_cache=False,
     )
     engine = Engine(model, config=sizes)
-    report(0, 1 + repeats)
-    engine.warm_up()
     runs = []
-    for run in range(repeats):
-        report(1 + run, 1 + repeats)
+    for run in range(1 + repeats):  # the first compiles what all of them take, and is not timed
+        report(run, 1 + repeats)
         runs.append(_run(engine, prompt_tokens, output_tokens, concurrency))
     report(1 + repeats, 1 + repeats)
+    timed = runs[1:]
     step_bytes = _bytes_of_step(model, engine, context - output_tokens // 2, concurrency)
     programs = engine.metrics().programs
-    return _summary(runs, prompt_tokens, step_bytes / read_bandwidth(), programs)
+    return _summary(timed, prompt_tokens, step_bytes / read_bandwidth(), programs)
 
 
 def read_bandwidth() -> float:

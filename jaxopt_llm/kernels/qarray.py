@@ -59,6 +59,8 @@ class QArray:
         """Rows (or experts) of the leading dimension."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
+    __iter__ = None  # Python would index on and on: an array takes any index for its last
+
     def codes(self) -> Shaped[Any, "... I"]:
         """The unpacked codes, int8 or an 8-bit float. NumPy in, NumPy out."""
         return self.data if self.bits == 8 else unpack_codes(self.data, self.bits, signed=self.bias is None)

@@ -32,7 +32,7 @@ def _promotion():
 def common(data_dir, tmp_path_factory):
     """Flags that all runs share."""
     folder = tmp_path_factory.mktemp("distill")
-    source = data_dir / "stories260K.gguf"
+    source = data_dir / "stories107K.gguf"
     model, tokenizer = jo.load(source)
     jo.save(halved(model), tokenizer, folder / "student")
     text = (data_dir / "wikitext.txt").read_text("utf-8")

@@ -29,9 +29,9 @@ STEP_FIELDS = ("parameters", "bytes", "perplexity", "kld_mean", "same_top_p")
 
 
 @pytest.fixture
-def optimize(run_cli, storyteller):
+def optimize(run_cli, shallow):
     def run(*arguments):
-        return run_cli("optimize", f"--model={storyteller}", "--config=int8", *QUICK, *arguments)
+        return run_cli("optimize", f"--model={shallow}", "--config=int8", *QUICK, *arguments)
 
     return run
 
@@ -85,8 +85,8 @@ def test_several_steps_are_a_table_of_their_own(optimize, tmp_path):
     assert [row[0] for row in cells[2:4]] == ["sparsify", "quantize"]
 
 
-def test_growth_is_said(capsys, storyteller, tmp_path):
-    model = abstract(read_config(storyteller)[0])
+def test_growth_is_said(capsys, shallow, tmp_path):
+    model = abstract(read_config(shallow)[0])
     figures = dict.fromkeys(FIELDS, 1.0) | {
         "zeros": 0.0,
         "parameters": 1000,
@@ -104,8 +104,8 @@ def test_growth_is_said(capsys, storyteller, tmp_path):
     assert "larger" not in capsys.readouterr().out
 
 
-def test_an_own_checkpoint_is_replaced(optimize, storyteller, tmp_path):
-    jo.save(*jo.load(storyteller), tmp_path / "out")
+def test_an_own_checkpoint_is_replaced(optimize, shallow, tmp_path):
+    jo.save(*jo.load(shallow), tmp_path / "out")
     before = (tmp_path / "out" / "jaxopt_llm.json").read_text()
     assert optimize(f"--out={tmp_path / 'out'}").code == 0
     assert (tmp_path / "out" / "jaxopt_llm.json").read_text() != before
@@ -133,7 +133,7 @@ def test_places_that_cannot_be_written_to(run_cli, tmp_path):
         (["--set=measure.windows=0"], "windows=0 must be at least 1"),
         (["--set=measure.window=513"], "window=513 is longer than the model's context of 512"),
         (["--text=nowhere.txt"], "nowhere.txt: No such file"),
-        (["--config=int8_block"], "which groups of 32 do not divide; use int8"),
+        (["--config=mixed5", "--set=steps.1.target_bits=0"], "target_bits=0.0 must be above 0"),
     ],
 )
 def test_mistakes(optimize, tmp_path, arguments, message):

@@ -29,7 +29,7 @@ def _promotion():
 
 @pytest.fixture(scope="session")
 def teacher(data_dir) -> Model:
-    return Model(*jo.load(data_dir / "stories260K.gguf"))
+    return Model(*jo.load(data_dir / "stories107K.gguf"))
 
 
 @pytest.fixture(scope="session")

@@ -78,7 +78,7 @@ def kept(folder, model, windows, batches, progress=lambda done, total: None):
 
 
 def test_what_is_kept_is_what_the_teacher_predicts(teacher, data_dir, text, tmp_path):
-    model, _ = jo.load(data_dir / "stories260K.gguf", mesh="data=2,tensor=2")
+    model, _ = jo.load(data_dir / "stories107K.gguf", mesh="data=2,tensor=2")
     windows = windows_of(teacher, text[:2000])
     predictions = kept(tmp_path, model, windows, batches=2)
     places = next(windows)

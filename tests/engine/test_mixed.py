@@ -17,7 +17,7 @@ PLAIN = SamplingParams(max_tokens=12)
 @pytest.fixture(scope="module")
 def engine(data_dir):
     """Compiles each of its programs once."""
-    engine = Engine(*jo.load(data_dir / "stories260K.gguf"), SIZES)
+    engine = Engine(*jo.load(data_dir / "stories107K.gguf"), SIZES)
     with oracle.compilations() as seen:
         assert engine.warm_up() == 4  # 32 tokens with prompts in them; 1, 2 and 4 rows that decode
         assert engine.warm_up(full=True) == 4

@@ -18,7 +18,7 @@ RECIPE = Recipe(steps=(Quantize(format="int8"),), measure=MEASURE)
 
 @pytest.fixture(scope="module")
 def stories(data_dir):
-    return jo.load(data_dir / "stories260K.gguf")
+    return jo.load(data_dir / "stories107K.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def text(data_dir):
 def run(stories, text, data_dir, tmp_path_factory):
     """The outcome, where it was saved, and the stages it went through."""
     out, stages = tmp_path_factory.mktemp("optimize") / "a" / "out", []
-    source = data_dir / "stories260K.gguf"
+    source = data_dir / "stories107K.gguf"
     report = lambda *stage: stages.append(stage)
     outcome = optimize(*stories, RECIPE, text=text, source=source, out=out, progress=report)
     return outcome, out, stages
@@ -40,10 +40,10 @@ def test_reports_say_what_the_models_are(run, stories, data_dir):
     outcome, out, _ = run
     small = jo.quantize(stories[0], "int8")
     before, after = outcome.before, outcome.after
-    assert before.parameters == after.parameters == 260_032
-    assert before.file_bytes == (data_dir / "stories260K.gguf").stat().st_size
+    assert before.parameters == after.parameters == 106_816
+    assert before.file_bytes == (data_dir / "stories107K.gguf").stat().st_size
     assert after.file_bytes == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    assert before.bytes == 4 * 260_032
+    assert before.bytes == 4 * 106_816
     assert after.bytes == num_bytes(small)
 
 
@@ -81,7 +81,7 @@ def test_progress_ends_every_stage(run):
 
 
 def test_chat_models_are_asked_as_such(data_dir, text):
-    model, tokenizer = jo.load(data_dir / "stories260K.gguf")
+    model, tokenizer = jo.load(data_dir / "stories107K.gguf")
     tokenizer.chat_templates["default"] = "Once upon a time{{ messages[0].content[:0] }}"
     outcome = optimize(model, tokenizer, RECIPE, text=text)
     expected = jo.generate(outcome.model, tokenizer, "Once upon a time", max_tokens=8)

@@ -27,7 +27,7 @@ from jaxopt_llm.optimize import (
 from jaxopt_llm.prune import Shape
 
 MEASURE = Measure(window=64, windows=2, prompt_tokens=8, output_tokens=4, answer_tokens=8)
-PRUNE = Prune(shape=Shape(d_ff=96), reconstruct=False)
+PRUNE = Prune(shape=Shape(d_ff=32), reconstruct=False)
 DISTILL = Distill(
     settings=Distillation(
         steps=8,
@@ -55,7 +55,7 @@ def _promotion():
 
 @pytest.fixture(scope="module")
 def stories(data_dir):
-    return jo.load(data_dir / "stories260K.gguf")
+    return jo.load(data_dir / "stories107K.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +166,8 @@ def test_another_run_is_refused_and_nothing_lost(run, stories, text, tmp_path):
 def test_a_walk_goes_on_layer_by_layer(run, tmp_path):
     recipe, out = dataclasses.replace(RECIPE, steps=(Sparsify(method="wanda"),)), tmp_path / "out"
     with pytest.raises(Killed):
-        run(recipe, out=out, progress=killed_at("sparsify", 3, 5))
-    assert len(list(tmp_path.rglob("layer-*"))) == 3
+        run(recipe, out=out, progress=killed_at("sparsify", 1, 2))
+    assert len(list(tmp_path.rglob("layer-*"))) == 1
     expected = run(recipe)
     outcome = run(recipe, out=out)
     jax.tree.map(np.testing.assert_array_equal, weights(outcome.model), weights(expected.model))
@@ -198,7 +198,6 @@ def context(stories, text):
 
 
 def test_mixed_precision_keeps_its_budget(stories, context, tmp_path):
-    """The down projections' 172 features allow one format alone."""
     file = tmp_path / "sensitivities.json"
     step = Mixed(target_bits=7.0, formats=("int4_g32_zero", "int8"), sensitivities=file)
     small = step(stories[0], context)
