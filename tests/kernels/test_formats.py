@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxopt_llm.kernels import FORMATS, QArray, linear, pack, quantization_format
+from jaxopt_llm.kernels import FORMATS, QArray, linear, quantization_format
 from jaxopt_llm.kernels.codes import pack_codes, unpack_codes
 from jaxopt_llm.kernels.linear import sum_as_floats, sum_as_integers
 
@@ -150,4 +150,4 @@ def test_unknown_names_are_refused(name):
 
 def test_a_weight_is_no_sequence_of_weights():
     with pytest.raises(TypeError, match="not iterable"):
-        pack(quantization_format("int8").quantize(jnp.ones((4, 32))))
+        iter(quantization_format("int8").quantize(jnp.ones((4, 32))))
