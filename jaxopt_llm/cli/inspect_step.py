@@ -12,7 +12,7 @@ from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.evaluate import roofline
 from jaxopt_llm.evaluate.roofline import Machine, Step
 from jaxopt_llm.kernels import quantization_format
-from jaxopt_llm.models import Transformer, abstract, place, quantizable, specs, with_weights
+from jaxopt_llm.models import Transformer, abstract, place
 from jaxopt_llm.sharding import MeshSpec, Sharding, topologies
 from jaxopt_llm.sharding.chips import CHIPS, Chip, chip_of
 
@@ -97,20 +97,11 @@ def _model(
             )
         return load(source, dtype=dtype, quantize=quantize)[0]
     default = checkpoints.default_dtype() if present else jnp.bfloat16
-    model = abstract(config, jnp.dtype(default if dtype is None else checkpoints.float_dtype(dtype)))
-    if quantize is not None:
-        model = _rounded(model, quantize)
+    rounding = None if quantize is None else quantization_format(quantize)
+    model = abstract(
+        config, jnp.dtype(default if dtype is None else checkpoints.float_dtype(dtype)), rounding
+    )
     return place(model, Sharding(MeshSpec().build([device]), config.units))
-
-
-def _rounded(model: Transformer, quantize: str) -> Transformer:
-    """The shapes that `quantize` would make."""
-    chosen, codes = quantization_format(quantize), {}
-    for name, spec in specs(model).items():
-        if quantizable(name, spec.shape):
-            chosen.check(spec.shape[-1], name)
-            codes[name] = chosen.shapes(spec.shape)
-    return with_weights(model, codes)
 
 
 def tell(step: Step) -> None:

@@ -15,6 +15,7 @@ from jaxopt_llm import checkpoints
 from jaxopt_llm import size as sizing
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import CHIP, CONCURRENCY, JSON, MESH, MODEL, OUTPUT_TOKENS
+from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.cli.writing import out_path
 
 TOPOLOGY = flags.DEFINE_string(
@@ -41,6 +42,12 @@ PRICE = flags.DEFINE_list("price", [], "US dollars for an hour of a chip, such a
 PLOT = flags.DEFINE_string(
     "plot", None, "Where to draw cost against time between tokens: an .svg or .png file."
 )
+AOT = flags.DEFINE_boolean(
+    "aot",
+    False,
+    "Compile the engine's steps for the best candidates, at most three: the compiler tells memory and collectives, and "
+    "whether it fits. TPUs need libtpu, GPUs JAX's CUDA plugin, no chip is needed.",
+)
 _SHOWN = 20
 _DEFAULT_CHIPS = "v5e,v5p,v6e,a100,h100"
 
@@ -66,6 +73,9 @@ def main(argv: Sequence[str]) -> None:
         levels=levels,
         prices=_prices(PRICE.value),
     )
+    if AOT.value:
+        with stages("programs") as report:
+            ranked = sizing.confirm(ranked, config, traffic, progress=report)
     told = sizing.explanation(ranked, traffic_is_timed=traffic.rate is not None)
     if plot is not None:
         sizing.draw(ranked, plot)
@@ -138,7 +148,39 @@ def _tell(ranked: Sequence[sizing.Candidate], told: str) -> None:
     show.table(columns, rows, right=(4, 7, 8, 9, 10))
     if len(ranked) > _SHOWN:
         print(f"and {len(ranked) - _SHOWN} more: --json has them all")
-    print(f"\n{told}\n\n{sizing.UNCERTAINTY}")
+    print(f"\n{told}")
+    for one in ranked:
+        if one.not_compiled:
+            print(f"\n{one.chip} {one.topology} is not compiled for: {one.not_compiled}")
+        if one.compiled:
+            _tell_compiled(one, one.compiled)
+    print(f"\n{sizing.UNCERTAINTY}")
+
+
+def _tell_compiled(one: sizing.Candidate, found: sizing.Compiled) -> None:
+    verdict = "fits" if found.fits else "does not fit"
+    layers = ", ".join(map(str, found.layers))
+    print(f"\n{one.chip} {one.topology} ({one.mesh}, {one.weights_dtype}) by its compiler: {verdict}")
+    if found.refusal:
+        print(found.refusal)
+    gb = lambda nbytes: f"{nbytes / 1e9:,.3f}"
+    rows = [
+        (
+            name, gb(program.weights), gb(program.cache), gb(program.temporaries),
+            ", ".join(f"{c.count} {c.kind}, {c.nbytes:,} bytes" for c in program.collectives) or "none",
+        )
+        for name, program in (("decode", found.decode), ("prefill", found.prefill))
+        if program
+    ]  # fmt: skip
+    if rows:
+        columns = ("step", "weights, GB a chip", "cache, GB", "temporaries, GB", "collectives of a device")
+        show.table(columns, rows, right=(1, 2, 3))
+    print(f"{layers} layers compiled in {found.seconds:.0f} s", end="")
+    print(
+        ""
+        if found.cache_tokens is None
+        else f"; at most {found.cache_tokens:,} tokens of cache a data shard fit"
+    )
 
 
 def _pair(times: sizing.Percentiles | None) -> str | None:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from jaxopt_llm.kernels import QArray, Weight
+from jaxopt_llm.kernels.formats import Format
 from jaxopt_llm.models.config import ModelConfig
 from jaxopt_llm.models.layers import flat_params, weights
 from jaxopt_llm.models.transformer import Transformer
@@ -27,9 +28,28 @@ class ParamSpec:
     axes: tuple[str | None, ...]
 
 
-def abstract(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Transformer:
-    """A model whose parameters are shapes: nothing is allocated."""
-    return Transformer(config, dtype=dtype, rngs=None)
+def abstract(
+    config: ModelConfig, dtype: jnp.dtype = jnp.float32, rounding: Format | None = None
+) -> Transformer:
+    """A model whose parameters are shapes: nothing is allocated.
+
+    Args:
+      config: of the model.
+      dtype: of floats.
+      rounding: of the weights of products, as `quantize` would round them.
+
+    Raises:
+      ValueError: for a weight whose width the format's groups do not divide.
+    """
+    model = Transformer(config, dtype=dtype, rngs=None)
+    if rounding is None:
+        return model
+    codes = {}
+    for name, spec in specs(model).items():
+        if quantizable(name, spec.shape):
+            rounding.check(spec.shape[-1], name)
+            codes[name] = rounding.shapes(spec.shape)
+    return with_weights(model, codes)
 
 
 def specs(model: Transformer) -> dict[str, ParamSpec]:

@@ -5,20 +5,21 @@ import dataclasses
 import functools
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 
-from jaxopt_llm.kernels import QArray
+from jaxopt_llm.kernels import QArray, init_pages
 from jaxopt_llm.kernels.formats import Format, quantization_format
 from jaxopt_llm.models import ModelConfig, ParamSpec, abstract, quantizable, shardings, specs
 from jaxopt_llm.sharding import MeshSpec, Sharding
 
 FLOAT, KV_DTYPES = "bf16", ("bf16", "int8")
 _FLOAT_BYTES = 2
-_SCALE_BYTES = 4  # of int8 keys and values: a float32 a token and head
+_PAGE = 16  # tokens: as many as each platform's kernel takes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,14 @@ class Share:
     integer: bool
 
     @classmethod
-    def of(cls, shapes: Shapes, mesh: MeshSpec, weights: str = FLOAT, kv: str = FLOAT) -> Self:
+    def of(
+        cls,
+        shapes: Shapes,
+        mesh: MeshSpec,
+        weights: str = FLOAT,
+        kv: str = FLOAT,
+        platform: str | None = None,
+    ) -> Self:
         """The share on a mesh of `data` and `tensor` axes.
 
         Args:
@@ -72,6 +80,7 @@ class Share:
           mesh: over which it is spread.
           weights: `bf16`, or a format that `--quantize` takes.
           kv: dtype of keys and values, of `KV_DTYPES`.
+          platform: `tpu`, `gpu` or `cpu`, whose attention kernel may have wider pages; None for no kernel.
 
         Raises:
           ValueError: for a mesh that does not divide an axis, or that the engine has no steps for; for an unknown
@@ -103,8 +112,6 @@ class Share:
                 token_flops += flops * config.experts.per_token / config.experts.count
             else:
                 token_flops += flops
-        heads = config.kv_heads_of_shard(mesh.tensor)
-        head_bytes = _FLOAT_BYTES * config.head_dim if kv == FLOAT else config.head_dim + _SCALE_BYTES
         return cls(
             config=config,
             tensor=mesh.tensor,
@@ -113,7 +120,7 @@ class Share:
             expert_bytes=sums["expert"],
             token_flops=token_flops,
             row_flops=row_flops,
-            kv_bytes=2 * heads * head_bytes,
+            kv_bytes=_kv_bytes(config, config.kv_heads_of_shard(mesh.tensor), kv, platform),
             layers=tuple(collections.Counter(window or math.inf for window in config.windows).items()),
             integer=rounding is not None and rounding.act == (8, None),
         )
@@ -155,6 +162,19 @@ class Share:
         config = self.config
         width = 4 * config.d_model + (2 * config.d_ff + config.q_width + 2 * config.kv_width) // self.tensor
         return _FLOAT_BYTES * tokens * width + 2 * 4 * rows * config.vocab_size
+
+
+def _kv_bytes(config: ModelConfig, heads: int, kv: str, platform: str | None) -> int:
+    """Of a token in one layer, as the engine keeps it."""
+    dtype = jnp.dtype(jnp.bfloat16 if kv == FLOAT else kv)
+    empty = functools.partial(
+        init_pages, 1, _PAGE, heads, config.head_dim, dtype,
+        kernel=platform is not None, sinks=config.attention_sinks, platform=platform,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that pages are wider, or no kernel serves: the bytes say so
+        pages = jax.eval_shape(empty)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)) // _PAGE
 
 
 def rounding_of(weights: str, kv: str) -> Format | None:

@@ -1,8 +1,9 @@
 """Which chips serve a model under given traffic: every slice and mesh, simulated, ranked, and explained."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.models import ModelConfig
 from jaxopt_llm.sharding import MeshSpec
 from jaxopt_llm.sharding.chips import CHIPS, Chip
+from jaxopt_llm.size.ahead import Compiled, compile_ahead, devices_of
 from jaxopt_llm.size.efficiency import ROOFLINE, SERVER
 from jaxopt_llm.size.here import HERE, here
 from jaxopt_llm.size.model import FLOAT, Shapes, Share, rounding_of
@@ -79,6 +81,8 @@ class Candidate:
       meets: whether it keeps up and reaches the levels.
       usd_per_mtok: for a million generated tokens, under this traffic; None without a price.
       bound: what binds a decode step, or `capacity` where memory for the cache keeps sequences waiting.
+      compiled: what the compiler says of it, and then `fits` is its verdict; None where it was not asked, or is not
+        there: `not_compiled` says so.
     """
 
     chip: str
@@ -101,6 +105,8 @@ class Candidate:
     meets: bool = False
     usd_per_mtok: float | None = None
     bound: str = "capacity"
+    compiled: Compiled | None = None
+    not_compiled: str | None = None
 
 
 def chips_of(names: Sequence[str]) -> list[Chip]:
@@ -175,6 +181,55 @@ def sweep(
     return sorted(found, key=_rank)
 
 
+def confirm(
+    ranked: Sequence[Candidate],
+    config: ModelConfig,
+    traffic: Traffic,
+    *,
+    most: int = 3,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Candidate]:
+    """The same candidates, the first of them compiled, and ranked anew by what the compiler says.
+
+    Args:
+      ranked: from `sweep`.
+      config: of the model.
+      traffic: as `sweep` had it.
+      most: candidates to compile, each of another chip, slice or precision; where none fits, the first alone.
+      progress: called with (candidate, programs compiled, of all).
+    """
+    chosen: dict[tuple[str, str, str], Candidate] = {}
+    for one in [one for one in ranked if one.fits] or ranked[:1]:
+        chosen.setdefault((one.chip, one.topology, one.weights_dtype), one)
+    found = list(ranked)
+    for one in list(chosen.values())[:most]:
+        mesh, place = MeshSpec.parse(one.mesh), Topology.parse(chips_of([one.chip])[0], one.topology)
+        try:
+            devices = devices_of(place)
+        except (ModuleNotFoundError, ValueError) as error:
+            found[found.index(one)] = dataclasses.replace(one, not_compiled=str(error))
+            continue
+        slots = max(1, one.batch // mesh.data)
+        mean = math.ceil(traffic.prompt + traffic.output)
+        engine = EngineConfig(
+            max_slots=slots,
+            max_seq_len=min(config.max_seq_len, _paged(traffic.longest)),
+            cache_tokens=max(_paged(traffic.longest), slots * _paged(mean)),
+            max_tokens_per_step=_CHUNK,
+        )
+        compiled = compile_ahead(
+            config,
+            place,
+            mesh,
+            engine,
+            devices=devices,
+            weights=one.weights_dtype,
+            progress=progress and functools.partial(progress, f"compiling for {one.chip} {one.topology}"),
+        )
+        found[found.index(one)] = dataclasses.replace(one, fits=compiled.fits, compiled=compiled)
+    return sorted(found, key=_rank)
+
+
 def _of_chip(
     shapes: Shapes,
     traffic: Traffic,
@@ -199,7 +254,7 @@ def _of_chip(
             break
         for spec in [wanted] if wanted else _meshes(place.devices, traffic):
             try:
-                share = Share.of(shapes, spec, weights, kv)
+                share = Share.of(shapes, spec, weights, kv, place.platform)
             except ValueError:
                 if wanted:
                     raise

@@ -8,6 +8,8 @@ import dataclasses
 import math
 from typing import Self
 
+import jax
+
 from jaxopt_llm.sharding.chips import Chip
 from jaxopt_llm.size.efficiency import Efficiency
 
@@ -48,6 +50,11 @@ class Topology:
     @property
     def devices(self) -> int:
         return self.chips * self.chip.devices
+
+    @property
+    def platform(self) -> str:
+        """As JAX calls it."""
+        return {0: jax.default_backend(), 1: "gpu"}.get(self.chip.links, "tpu")
 
     def __str__(self) -> str:
         return "x".join(map(str, self.axes))

@@ -61,6 +61,33 @@ def test_gguf_and_a_trace(run_cli, data_dir, tmp_path):
     assert (best["chip"], best["fits"], best["usd_per_mtok"]) == ("this", True, None)
 
 
+@pytest.fixture
+def aot(run_cli, bare):
+    return lambda *more: run_cli(
+        "size", f"--model={bare}", "--chip=v5e", "--topology=1x1", "--aot", *ASKED, *more
+    )
+
+
+@pytest.mark.filterwarnings("ignore:the TPU's attention kernel takes no 3 key/value heads")
+def test_aot_asks_the_compiler(aot):
+    done = aot("--json")
+    assert done.code == 0, done.stderr
+    best = json.loads(done.stdout.splitlines()[-1])["best"]
+    found = best["compiled"]
+    assert (best["fits"], best["not_compiled"], found["fits"], found["refusal"]) == (True, None, True, None)
+    assert found["decode"]["weights"] == pytest.approx(best["bytes_per_chip"]["weights"], rel=0.05)
+    assert found["prefill"].keys() == {"weights", "cache", "temporaries", "collectives"}
+    assert found["cache_tokens"] > 72 * 16
+
+
+def test_aot_without_the_compiler_says_what_to_install(aot, monkeypatch):
+    monkeypatch.setattr("jaxopt_llm.sharding.topologies.importlib.util.find_spec", lambda name: None)
+    done = aot()
+    assert done.code == 0, done.stderr
+    assert "v5e 1x1 is not compiled for: compiling for a TPU needs its compiler, libtpu" in done.stdout
+    assert "v5e 1x1 (data=1, bf16) wins" in done.stdout, "what was counted still holds"
+
+
 @pytest.mark.parametrize("form", ["svg", "png"])
 def test_plot(run_cli, bare, tmp_path, form):
     path = tmp_path / f"front.{form}"

@@ -10,7 +10,7 @@ from jaxopt_llm.engine import EngineConfig, inputs
 from jaxopt_llm.engine.ahead import Ahead, compile_step
 from jaxopt_llm.evaluate.program import Operation, operations
 from jaxopt_llm.kernels import FORMATS
-from jaxopt_llm.models import Experts, ModelConfig, Rope, abstract, place, quantizable, specs, with_weights
+from jaxopt_llm.models import Experts, ModelConfig, Rope, abstract, place, specs
 from jaxopt_llm.sharding import MeshSpec, Sharding, topologies
 
 LLAMA = ModelConfig(
@@ -42,12 +42,7 @@ each_program = pytest.mark.parametrize(
 
 
 def model(config: ModelConfig, format: str | None, version: str, tensor: int):
-    shapes = abstract(config, jnp.bfloat16)
-    if format is not None:
-        rounded = {n: s.shape for n, s in specs(shapes).items() if quantizable(n, s.shape)}
-        shapes = with_weights(
-            shapes, {name: FORMATS[format].shapes(shape) for name, shape in rounded.items()}
-        )
+    shapes = abstract(config, jnp.bfloat16, format and FORMATS[format])
     mesh = MeshSpec(tensor=tensor).build(topologies.tpu(version))
     return place(shapes, Sharding(mesh, config.units))
 

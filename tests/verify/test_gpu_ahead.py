@@ -18,7 +18,7 @@ from jaxopt_llm.engine import EngineConfig, inputs
 from jaxopt_llm.engine.ahead import Ahead, compile_step
 from jaxopt_llm.evaluate.program import Operation, operations
 from jaxopt_llm.kernels import FORMATS
-from jaxopt_llm.models import ModelConfig, Rope, abstract, place, quantizable, specs, with_weights
+from jaxopt_llm.models import ModelConfig, Rope, abstract, place, specs
 from jaxopt_llm.sharding import MeshSpec, Sharding, topologies
 
 pytest.importorskip("jax_plugins.xla_cuda12", reason="needs JAX's CUDA plugin: make test-cuda")
@@ -39,10 +39,7 @@ each_program = pytest.mark.parametrize(("format", "tensor"), [(None, 1), (None, 
 
 
 def model(format: str | None, tensor: int):
-    shapes = abstract(CONFIG, jnp.bfloat16)
-    if format is not None:
-        rounded = {n: s.shape for n, s in specs(shapes).items() if quantizable(n, s.shape)}
-        shapes = with_weights(shapes, {n: FORMATS[format].shapes(shape) for n, shape in rounded.items()})
+    shapes = abstract(CONFIG, jnp.bfloat16, format and FORMATS[format])
     mesh = MeshSpec(tensor=tensor).build(topologies.gpu("h100", tensor))
     return place(shapes, Sharding(mesh, CONFIG.units))
 
