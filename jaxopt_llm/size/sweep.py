@@ -216,6 +216,7 @@ def confirm(
             max_seq_len=min(config.max_seq_len, _paged(traffic.longest)),
             cache_tokens=max(_paged(traffic.longest), slots * _paged(mean)),
             max_tokens_per_step=_CHUNK,
+            cache_dtype=None if one.kv_dtype == FLOAT else one.kv_dtype,
         )
         compiled = compile_ahead(
             config,
