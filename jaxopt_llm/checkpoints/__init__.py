@@ -7,6 +7,7 @@ from jaxopt_llm.checkpoints.files import CheckpointError
 from jaxopt_llm.checkpoints.gguf_export import export as export_gguf
 from jaxopt_llm.checkpoints.hf_export import export as export_hf
 from jaxopt_llm.checkpoints.loader import (
+    AUTO,
     default_dtype,
     file_bytes,
     float_dtype,
@@ -25,6 +26,7 @@ from jaxopt_llm.checkpoints.resolve import ALIASES, resolve
 __all__ = [
     "ADAPTER_MARKER",
     "ALIASES",
+    "AUTO",
     "Adapter",
     "CheckpointError",
     "Offload",

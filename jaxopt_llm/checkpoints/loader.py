@@ -17,6 +17,7 @@ from jaxopt_llm.checkpoints.located import Located
 from jaxopt_llm.checkpoints.offload import Offload
 from jaxopt_llm.checkpoints.resolve import resolve
 from jaxopt_llm.kernels import Weight, quantization_format
+from jaxopt_llm.kernels.formats import Format
 from jaxopt_llm.models import (
     ModelConfig,
     Transformer,
@@ -25,12 +26,15 @@ from jaxopt_llm.models import (
     quantizable,
     specs,
     weights,
+    widest_mesh,
     with_weights,
 )
 from jaxopt_llm.sharding import MeshSpec, Sharding
 from jaxopt_llm.text import Tokenizer
 
 Progress = Callable[[int, int], None]
+
+AUTO = "auto"  # in place of a mesh
 
 
 def load(
@@ -56,7 +60,8 @@ def load(
         rounded in groups of 32, as llama.cpp does. It also keeps what compressed-tensors packed, and rounds activations
         where that says so; otherwise the model gets the floats that codes stand for.
       quantize: a rounding to nearest that each tensor goes through while it is read: a format that `jo.quantize` has.
-      mesh: `"tensor=4"`, a `MeshSpec` or a `jax.sharding.Mesh` of its axes, to place parameters shard by shard.
+      mesh: `"tensor=4"`, a `MeshSpec` or a `jax.sharding.Mesh` of its axes, to place parameters shard by shard;
+        `"auto"` for as many tensor shards as divide the model, over the devices that there are.
         `tensor` and `expert` split the model. `data` leaves it whole on each of its devices, for a program of
         your own that splits the batch; `generate` and `evaluate` do not.
       adapter: one in PEFT's format, or where it lies: merged while the weights are read, before they are rounded.
@@ -99,7 +104,7 @@ def load(
     with _open(path) as files:
         config, locate = _read_config(files, path)
         wanted = specs(abstract(config, chosen))
-        sharding = None if mesh is None else mesh_sharding(mesh, config)
+        sharding = None if mesh is None else mesh_sharding(mesh, config, rounding)
         located = dict(locate(files, config, wanted))
         if own:
             config, changes = own.fit(config)
@@ -154,8 +159,12 @@ def float_dtype(dtype: Any) -> jnp.dtype:
 _DTYPES = [jnp.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16)]
 
 
-def mesh_sharding(mesh: str | MeshSpec | jax.sharding.Mesh, config: ModelConfig) -> Sharding:
-    """Where the parameters of a model go on a mesh."""
+def mesh_sharding(
+    mesh: str | MeshSpec | jax.sharding.Mesh, config: ModelConfig, rounding: Format | None = None
+) -> Sharding:
+    """Where the parameters of a model go on a mesh, which `auto` chooses; `rounding` is that of its weights."""
+    if mesh == AUTO:
+        mesh = widest_mesh(config, jax.device_count(), rounding)
     built = mesh if isinstance(mesh, jax.sharding.Mesh) else MeshSpec.parse(mesh).build()
     return Sharding(built, config.units)
 

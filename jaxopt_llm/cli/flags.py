@@ -58,7 +58,10 @@ QUANTIZE = flags.DEFINE_string(
     flag_values=SHARED,
 )
 MESH = flags.DEFINE_string(
-    "mesh", None, "Devices to spread the model over, such as tensor=4.", flag_values=SHARED
+    "mesh",
+    None,
+    "Devices to spread the model over, such as tensor=4; auto for as many as divide it.",
+    flag_values=SHARED,
 )
 ADAPTER = flags.DEFINE_string(
     "adapter",

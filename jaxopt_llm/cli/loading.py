@@ -35,10 +35,9 @@ def load(source: str, *, mesh: str | None = None, **options: Any) -> tuple[Trans
     Raises:
       ValueError: also for a mesh with a data axis: no command splits a batch.
     """
-    spec = None if mesh is None else MeshSpec.parse(mesh)
-    if spec and spec.data > 1:
+    if mesh not in (None, checkpoints.AUTO) and MeshSpec.parse(mesh).data > 1:
         raise ValueError(f"--mesh={mesh}: this command does not split batches over data yet; leave data at 1")
-    return load_model(source, mesh=spec, **options)
+    return load_model(source, mesh=mesh, **options)
 
 
 def load_model(source: str, **options: Any) -> tuple[Transformer, Tokenizer | None]:

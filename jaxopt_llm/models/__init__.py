@@ -19,6 +19,7 @@ from jaxopt_llm.models.params import (
     quantizable,
     shardings,
     specs,
+    widest_mesh,
     with_weights,
     without_layers,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "shardings",
     "specs",
     "weights",
+    "widest_mesh",
     "with_weights",
     "without_layers",
 ]

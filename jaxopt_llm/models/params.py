@@ -16,7 +16,7 @@ from jaxopt_llm.kernels.formats import Format
 from jaxopt_llm.models.config import ModelConfig
 from jaxopt_llm.models.layers import flat_params, weights
 from jaxopt_llm.models.transformer import Transformer
-from jaxopt_llm.sharding import Sharding
+from jaxopt_llm.sharding import MeshSpec, Sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +172,29 @@ def place(model: Transformer, sharding: Sharding) -> Transformer:
         for name, value in values.items()
     }
     return with_weights(model, placed)
+
+
+def widest_mesh(config: ModelConfig, devices: int, rounding: Format | None = None) -> MeshSpec:
+    """As many tensor shards as divide every parameter, of at most so many devices.
+
+    Args:
+      config: of the model.
+      devices: that there are.
+      rounding: of the weights, whose groups no shard may cut.
+    """
+    shapes = abstract(config, rounding=rounding)
+    wanted, values = specs(shapes), {name: p.get_value() for name, p in flat_params(shapes).items()}
+    for tensor in range(devices, 1, -1):
+        mesh = MeshSpec(tensor=tensor)
+        try:
+            config.kv_heads_of_shard(tensor)
+            sharding = Sharding(mesh.abstract(), config.units)
+            for name, spec in wanted.items():
+                shardings(spec, values[name], sharding, name)
+        except ValueError:
+            continue
+        return mesh
+    return MeshSpec()
 
 
 def _put(leaf: Any, where: NamedSharding) -> Any:

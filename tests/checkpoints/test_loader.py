@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxopt_llm as jo
-from jaxopt_llm import checkpoints
+from jaxopt_llm import checkpoints, models
 from jaxopt_llm.checkpoints import CheckpointError
 from jaxopt_llm.kernels import QArray
 from jaxopt_llm.models import Transformer, weights
@@ -101,6 +101,7 @@ def test_a_sharded_model_gives_the_same_logits(wide, quantize):
 def test_a_group_that_would_straddle_two_shards_is_refused(tmp_path):
     directory = export(tmp_path / "model", intermediate_size=96)
     jo.load(directory, quantize="int8", mesh="tensor=4")
+    assert models.mesh_of(jo.load(directory, quantize="int8", mesh="auto")[0]).shape["tensor"] == 4
     with pytest.raises(
         ValueError, match=r"mlp\.down\.weight has 3 groups of 32, which mesh tensor=4 does not"
     ):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxopt_llm as jo
 from jaxopt_llm import engine
+from jaxopt_llm.kernels import quantization_format
 from jaxopt_llm.models import (
     Transformer,
     abstract,
@@ -22,6 +23,7 @@ from jaxopt_llm.models import (
     place,
     specs,
     weights,
+    widest_mesh,
     with_weights,
 )
 from jaxopt_llm.models.families import parse_config
@@ -153,6 +155,37 @@ def test_groups_must_not_straddle_shards(model):
     message = "layers.0.mlp.down.weight has 9 groups of 8, which mesh tensor=4 does not divide"
     with pytest.raises(ValueError, match=message):
         place(quantized, sharding)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "format", "devices", "tensor"),
+    [
+        ({"num_heads": 8, "num_kv_heads": 4, "d_ff": 96}, None, 8, 8),
+        ({"num_heads": 8, "num_kv_heads": 4, "d_ff": 96}, "int8", 7, 4),
+        (
+            {"num_heads": 8, "num_kv_heads": 4, "d_ff": 96},
+            "int8_block",
+            8,
+            1,
+        ),  # three groups, three shards: 8 heads
+        ({"num_heads": 9, "num_kv_heads": 3, "d_ff": 96}, "int8_block", 8, 3),
+        ({"num_heads": 8, "num_kv_heads": 4, "d_ff": 96}, None, 1, 1),
+    ],
+)
+def test_the_widest_mesh_is_one_that_a_model_can_be_placed_on(model, sizes, format, devices, tensor):
+    config = dataclasses.replace(model.config, d_model=64, head_dim=32, **sizes)
+    rounding = format and quantization_format(format)
+    mesh = widest_mesh(config, devices, rounding)
+    assert mesh == MeshSpec(tensor=tensor)
+
+    def take(tensor):
+        place(abstract(config, rounding=rounding), Sharding(MeshSpec(tensor=tensor).build(), config.units))
+        config.kv_heads_of_shard(tensor)
+
+    take(tensor)
+    for more in range(tensor + 1, devices + 1):
+        with pytest.raises(ValueError, match=r"divide|groups"):
+            take(more)
 
 
 def test_where_a_model_lies(model):
