@@ -8,6 +8,7 @@ percentiles. Traffic is --rate requests a second, or --concurrency requests at o
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -42,6 +43,11 @@ PRICE = flags.DEFINE_list("price", [], "US dollars for an hour of a chip, such a
 PLOT = flags.DEFINE_string(
     "plot", None, "Where to draw cost against time between tokens: an .svg or .png file."
 )
+CALIBRATE = flags.DEFINE_string(
+    "calibrate",
+    None,
+    "File of runs from bench engine --append: efficiency factors are fitted to them, in place of a server's.",
+)
 AOT = flags.DEFINE_boolean(
     "aot",
     False,
@@ -61,6 +67,9 @@ def main(argv: Sequence[str]) -> None:
         ttft_ms=TTFT_MS.value, tpot_ms=TPOT_MS.value, latency_ms=LATENCY_MS.value, percentile=PERCENTILE.value
     )
     traffic = _traffic()
+    runs = [] if CALIBRATE.value is None else sizing.read_runs(Path(CALIBRATE.value))
+    left_out = sizing.held_out(runs)
+    uncertainty = sizing.uncertainty(runs, left_out) if runs else sizing.UNCERTAINTY
     config, _ = checkpoints.read_config(MODEL.value)
     ranked = sizing.sweep(
         config,
@@ -72,6 +81,7 @@ def main(argv: Sequence[str]) -> None:
         kv=KV.value,
         levels=levels,
         prices=_prices(PRICE.value),
+        efficiency=sizing.fit(runs) if runs else sizing.SERVER,
     )
     if AOT.value:
         with stages("programs") as report:
@@ -84,11 +94,20 @@ def main(argv: Sequence[str]) -> None:
             dataclasses.asdict(one) | {name: _named(getattr(one, name)) for name in _NESTED} for one in ranked
         ]
         best = plain[0] if ranked[0].fits else None
+        errors = [{"prefill": one.prefill, "tpot": one.tpot} for one in left_out]
         show.json_line(
-            {"candidates": plain, "best": best, "explanation": told, "uncertainty": sizing.UNCERTAINTY}
+            {
+                "candidates": plain,
+                "best": best,
+                "explanation": told,
+                "uncertainty": uncertainty,
+                "held_out": errors,
+            }
         )
     else:
-        _tell(ranked, told)
+        _tell(ranked, told, uncertainty)
+        if left_out:
+            _tell_left_out(left_out)
 
 
 _NESTED = ("bytes_per_chip", "ttft_ms", "tpot_ms", "latency_ms")
@@ -132,7 +151,21 @@ def _prices(items: Sequence[str]) -> dict[str, float]:
     return prices
 
 
-def _tell(ranked: Sequence[sizing.Candidate], told: str) -> None:
+def _tell_left_out(left_out: Sequence[sizing.HeldOut]) -> None:
+    columns = ("left out", "weights", "sequences", "prefill s", "error", "TPOT ms", "error")
+    rows = [
+        (
+            f"{one.run.config.family}, {one.run.config.num_layers} x {one.run.config.d_model}", one.run.weights,
+            one.run.concurrency, f"{one.run.prefill_s:,.3f}", f"{one.prefill:+.0%}",
+            f"{1e3 * one.run.tpot_s:,.2f}", f"{one.tpot:+.0%}",
+        )
+        for one in left_out
+    ]  # fmt: skip
+    print()
+    show.table(columns, rows, right=(2, 3, 4, 5, 6))
+
+
+def _tell(ranked: Sequence[sizing.Candidate], told: str, uncertainty: str) -> None:
     columns = (
         "chip", "topology", "mesh", "weights", "batch", "fits", "meets", "TTFT ms p50 / p95", "TPOT ms p50 / p95",
         "tokens/s", "$/Mtok", "binds",
@@ -154,7 +187,7 @@ def _tell(ranked: Sequence[sizing.Candidate], told: str) -> None:
             print(f"\n{one.chip} {one.topology} is not compiled for: {one.not_compiled}")
         if one.compiled:
             _tell_compiled(one, one.compiled)
-    print(f"\n{sizing.UNCERTAINTY}")
+    print(f"\n{uncertainty}")
 
 
 def _tell_compiled(one: sizing.Candidate, found: sizing.Compiled) -> None:

@@ -1,31 +1,47 @@
 """Floor 7: which chips serve a model under given traffic, before any is rented."""
 
 from jaxopt_llm.size.ahead import Collective, Compiled, Program, compile_ahead
-from jaxopt_llm.size.efficiency import UNCERTAINTY
+from jaxopt_llm.size.efficiency import SERVER, UNCERTAINTY, Efficiency
 from jaxopt_llm.size.explain import explanation
+from jaxopt_llm.size.here import here
+from jaxopt_llm.size.measured import HeldOut, Run, fit, held_out, uncertainty
+from jaxopt_llm.size.measured import append as append_run
+from jaxopt_llm.size.measured import read as read_runs
+from jaxopt_llm.size.model import FLOAT
 from jaxopt_llm.size.plot import check_plot, draw
 from jaxopt_llm.size.sweep import Bytes, Candidate, Levels, Percentiles, chips_of, confirm, sweep
 from jaxopt_llm.size.topology import Topology
 from jaxopt_llm.size.traffic import Asked, Traffic, traffic
 
 __all__ = [
+    "FLOAT",
+    "SERVER",
     "UNCERTAINTY",
     "Asked",
     "Bytes",
     "Candidate",
     "Collective",
     "Compiled",
+    "Efficiency",
+    "HeldOut",
     "Levels",
     "Percentiles",
     "Program",
+    "Run",
     "Topology",
     "Traffic",
+    "append_run",
     "check_plot",
     "chips_of",
     "compile_ahead",
     "confirm",
     "draw",
     "explanation",
+    "fit",
+    "held_out",
+    "here",
+    "read_runs",
     "sweep",
     "traffic",
+    "uncertainty",
 ]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxopt_llm.engine import EngineConfig
 from jaxopt_llm.engine.ahead import Ahead, compile_step
@@ -22,7 +21,7 @@ from jaxopt_llm.engine.inputs import Shape
 from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.models import ModelConfig, abstract, place
 from jaxopt_llm.sharding import MeshSpec, Sharding, topologies
-from jaxopt_llm.size.model import FLOAT, rounding_of
+from jaxopt_llm.size.model import FLOAT, float_of, rounding_of
 from jaxopt_llm.size.topology import Topology
 
 _WHOLE = 48  # layers up to which one program takes the compiler less time than three small ones
@@ -138,7 +137,7 @@ def compile_ahead(
 
     def program(name: str, layers: int) -> Program:
         part = _first(config, layers)
-        model = place(abstract(part, jnp.bfloat16, rounding), Sharding(built, part.units))
+        model = place(abstract(part, float_of(where.platform), rounding), Sharding(built, part.units))
         found = _read(compile_step(model, engine, shapes[name]), parts)
         compiled.add((name, layers))
         if progress:

@@ -18,7 +18,6 @@ from jaxopt_llm.models import ModelConfig, ParamSpec, abstract, quantizable, sha
 from jaxopt_llm.sharding import MeshSpec, Sharding
 
 FLOAT, KV_DTYPES = "bf16", ("bf16", "int8")
-_FLOAT_BYTES = 2
 _PAGE = 16  # tokens: as many as each platform's kernel takes
 
 
@@ -50,6 +49,7 @@ class Share:
       row_flops: of the head, for each row whose logits are wanted.
       kv_bytes: a token and layer.
       layers: how many see so many positions; infinity for all.
+      float_bytes: of a number of activations, and of whatever is not rounded.
       integer: whether products take int8 activations and weights, at the chip's rate for those.
     """
 
@@ -62,6 +62,7 @@ class Share:
     row_flops: float
     kv_bytes: int
     layers: tuple[tuple[float, int], ...]
+    float_bytes: int
     integer: bool
 
     @classmethod
@@ -78,7 +79,7 @@ class Share:
         Args:
           shapes: of the model.
           mesh: over which it is spread.
-          weights: `bf16`, or a format that `--quantize` takes.
+          weights: `bf16` (on a CPU float32 in its place), or a format that `--quantize` takes.
           kv: dtype of keys and values, of `KV_DTYPES`.
           platform: `tpu`, `gpu` or `cpu`, whose attention kernel may have wider pages; None for no kernel.
 
@@ -86,7 +87,7 @@ class Share:
           ValueError: for a mesh that does not divide an axis, or that the engine has no steps for; for an unknown
             format or dtype.
         """
-        config = shapes.config
+        config, dtype = shapes.config, float_of(platform)
         rounding = rounding_of(weights, kv)
         others = [axis for axis in ("stage", "expert", "sequence") if getattr(mesh, axis) > 1]
         if others:
@@ -95,7 +96,7 @@ class Share:
         sums = dict.fromkeys(("all", "dense", "expert"), 0)
         token_flops = row_flops = 0.0
         for name, spec, count in shapes.parameters:
-            leaves = list(_leaves(name, spec, rounding, sharding))
+            leaves = list(_leaves(name, spec, dtype, rounding, sharding))
             nbytes = count * sum(math.prod(shape) * itemsize for shape, itemsize in leaves)
             sums["all"] += nbytes
             if name == "embed.weight" and not config.tied:
@@ -122,6 +123,7 @@ class Share:
             row_flops=row_flops,
             kv_bytes=_kv_bytes(config, config.kv_heads_of_shard(mesh.tensor), kv, platform),
             layers=tuple(collections.Counter(window or math.inf for window in config.windows).items()),
+            float_bytes=dtype.itemsize,
             integer=rounding is not None and rounding.act == (8, None),
         )
 
@@ -161,12 +163,12 @@ class Share:
         """A guess at what a step needs beside weights and cache: activations of one layer, and logits with a copy."""
         config = self.config
         width = 4 * config.d_model + (2 * config.d_ff + config.q_width + 2 * config.kv_width) // self.tensor
-        return _FLOAT_BYTES * tokens * width + 2 * 4 * rows * config.vocab_size
+        return self.float_bytes * tokens * width + 2 * 4 * rows * config.vocab_size
 
 
 def _kv_bytes(config: ModelConfig, heads: int, kv: str, platform: str | None) -> int:
     """Of a token in one layer, as the engine keeps it."""
-    dtype = jnp.dtype(jnp.bfloat16 if kv == FLOAT else kv)
+    dtype = float_of(platform) if kv == FLOAT else jnp.dtype(kv)
     empty = functools.partial(
         init_pages, 1, _PAGE, heads, config.head_dim, dtype,
         kernel=platform is not None, sinks=config.attention_sinks, platform=platform,
@@ -175,6 +177,11 @@ def _kv_bytes(config: ModelConfig, heads: int, kv: str, platform: str | None) ->
         warnings.simplefilter("ignore")  # that pages are wider, or no kernel serves: the bytes say so
         pages = jax.eval_shape(empty)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)) // _PAGE
+
+
+def float_of(platform: str | None) -> jnp.dtype:
+    """In which floats a model is loaded there."""
+    return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
 
 
 def rounding_of(weights: str, kv: str) -> Format | None:
@@ -189,10 +196,10 @@ def rounding_of(weights: str, kv: str) -> Format | None:
 
 
 def _leaves(
-    name: str, spec: ParamSpec, rounding: Format | None, sharding: Sharding
+    name: str, spec: ParamSpec, dtype: jnp.dtype, rounding: Format | None, sharding: Sharding
 ) -> Iterator[tuple[Sequence[int], int]]:
     """Shape and bytes a number of each array that one device has of a parameter."""
-    weight: QArray | jax.ShapeDtypeStruct = jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
+    weight: QArray | jax.ShapeDtypeStruct = jax.ShapeDtypeStruct(spec.shape, dtype)
     if rounding is not None and quantizable(name, spec.shape):
         rounding.check(spec.shape[-1], name)
         weight = rounding.shapes(spec.shape)

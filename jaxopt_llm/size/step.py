@@ -63,7 +63,9 @@ def step(share: Share, topology: Topology, pieces: Sequence[Piece], efficiency: 
     products = tokens * share.token_flops + rows * share.row_flops
     attention = sum(share.attention_flops(*piece) for piece in pieces)
     cache = sum(share.context_bytes(piece.start + piece.length) for piece in pieces)
-    reduced = share.layer_rows * topology.all_reduce_s(tokens * config.d_model * 2, share.tensor, efficiency)
+    reduced = share.layer_rows * topology.all_reduce_s(
+        tokens * config.d_model * share.float_bytes, share.tensor, efficiency
+    )
     joined = topology.all_gather_s(rows * config.vocab_size * 4, share.tensor, efficiency)
     return Terms(
         cache=cache / bandwidth / efficiency.cache,

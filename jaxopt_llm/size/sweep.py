@@ -16,7 +16,7 @@ from jaxopt_llm.models import ModelConfig
 from jaxopt_llm.sharding import MeshSpec
 from jaxopt_llm.sharding.chips import CHIPS, Chip
 from jaxopt_llm.size.ahead import Compiled, compile_ahead, devices_of
-from jaxopt_llm.size.efficiency import ROOFLINE, SERVER
+from jaxopt_llm.size.efficiency import ROOFLINE, SERVER, Efficiency
 from jaxopt_llm.size.here import HERE, here
 from jaxopt_llm.size.model import FLOAT, Shapes, Share, rounding_of
 from jaxopt_llm.size.simulate import Served, simulate
@@ -135,6 +135,7 @@ def sweep(
     kv: str = FLOAT,
     levels: Levels | None = None,
     prices: Mapping[str, float] | None = None,
+    efficiency: Efficiency = SERVER,
 ) -> list[Candidate]:
     """Every slice and mesh, the best first.
 
@@ -148,6 +149,7 @@ def sweep(
       kv: `bf16` or `int8`.
       levels: of service.
       prices: US dollars for an hour of a chip, by its name, in place of `Chip.price`.
+      efficiency: of the program: published, or fitted to measured runs.
 
     Raises:
       ValueError: for a topology, mesh, precision or price that does not exist, for a mesh that does not divide the
@@ -175,7 +177,7 @@ def sweep(
     for chip in chips:
         price = (prices or {}).get(chip.name, chip.price or 0.0) or None
         for form in weights:
-            found += _of_chip(shapes, traffic, chip, topology, mesh, form, kv, levels, price)
+            found += _of_chip(shapes, traffic, chip, topology, mesh, form, kv, levels, price, efficiency)
     if not found:
         raise ValueError("no mesh of these chips divides the model; name --mesh to see why")
     return sorted(found, key=_rank)
@@ -241,6 +243,7 @@ def _of_chip(
     kv: str,
     levels: Levels,
     price: float | None,
+    efficiency: Efficiency,
 ) -> Iterator[Candidate]:
     slices = Topology.all_of(chip) if topology is None else [Topology.parse(chip, topology)]
     smallest: int | None = None
@@ -260,7 +263,16 @@ def _of_chip(
                 if wanted:
                     raise
                 continue  # the model does not divide so: other meshes may do
-            candidate = evaluate(share, place, spec, traffic, levels=levels, price=price, names=(weights, kv))
+            candidate = evaluate(
+                share,
+                place,
+                spec,
+                traffic,
+                levels=levels,
+                price=price,
+                names=(weights, kv),
+                efficiency=efficiency,
+            )
             if candidate.fits and smallest is None:
                 smallest = place.chips
             yield candidate
@@ -283,6 +295,7 @@ def evaluate(
     levels: Levels,
     price: float | None,
     names: tuple[str, str],
+    efficiency: Efficiency,
 ) -> Candidate:
     """One candidate: what fits, and a simulation of one of its data shards.
 
@@ -294,6 +307,7 @@ def evaluate(
       levels: of service.
       price: of a chip and hour.
       names: of the precisions of weights and cache.
+      efficiency: of the program.
     """
     mine = traffic.part(mesh.data)
     mean = math.ceil(traffic.prompt + traffic.output)
@@ -302,7 +316,7 @@ def evaluate(
     spare = memory - share.temporary_bytes(most, _CHUNK)
     fits = _tokens(share, 1, spare) >= _paged(traffic.longest)
     room = int(spare / share.context_bytes(_paged(mean))) if fits else 0
-    slots = _slots(share, place, min(most, max(room, 1)), mean, levels)
+    slots = _slots(share, place, min(most, max(room, 1)), mean, levels, efficiency)
     temporaries = share.temporary_bytes(slots, _CHUNK)
     kv_bytes = int(min(slots, room) * share.context_bytes(_paged(mean)))
     candidate = Candidate(
@@ -322,10 +336,10 @@ def evaluate(
     if not fits:
         return candidate
     served = simulate(
-        mine, _scheduler(share, slots, spare, traffic), lambda plan: _seconds(share, place, plan)
+        mine, _scheduler(share, slots, spare, traffic), lambda plan: _seconds(share, place, plan, efficiency)
     )
     middle = math.ceil(traffic.prompt + traffic.output / 2)
-    capacity = mesh.data * _capacity(share, place, slots, traffic, middle)
+    capacity = mesh.data * _capacity(share, place, slots, traffic, middle, efficiency)
     rate = served.tokens_per_s * mesh.data
     asked = 0.0 if traffic.rate is None else traffic.rate * traffic.output
     inside = served.latency_s.sum() / (
@@ -343,7 +357,9 @@ def evaluate(
         keeps_up=capacity >= asked,
         meets=capacity >= asked and _meets(served, levels),
         usd_per_mtok=None if price is None else price * place.chips / 3600 / rate * 1e6,
-        bound="capacity" if room == slots <= inside else decode(share, place, running, middle, SERVER).bound,
+        bound="capacity"
+        if room == slots <= inside
+        else decode(share, place, running, middle, efficiency).bound,
     )
 
 
@@ -351,12 +367,14 @@ def _paged(tokens: int) -> int:
     return -(-tokens // _PAGE) * _PAGE
 
 
-def _slots(share: Share, place: Topology, most: int, context: int, levels: Levels) -> int:
+def _slots(
+    share: Share, place: Topology, most: int, context: int, levels: Levels, efficiency: Efficiency
+) -> int:
     """As many sequences as fit, or as the time between tokens allows."""
     if levels.tpot_ms is None:
         return most
     fast = lambda rows: (
-        1e3 * decode(share, place, rows, context, SERVER).seconds <= (levels.tpot_ms or math.inf)
+        1e3 * decode(share, place, rows, context, efficiency).seconds <= (levels.tpot_ms or math.inf)
     )
     low, high = 1, most
     while low < high:  # the largest that is fast enough
@@ -388,19 +406,21 @@ def _tokens(share: Share, slots: int, spare: float) -> int:
     return max(_PAGE, int(max(alike, (layers - behind) / full if full else 0)))
 
 
-def _seconds(share: Share, place: Topology, plan: Plan) -> float:
+def _seconds(share: Share, place: Topology, plan: Plan, efficiency: Efficiency) -> float:
     if plan.steps == 1:
         pieces = [Piece(piece.start, piece.length) for piece in plan.pieces]
-        return step(share, place, pieces, SERVER).seconds
+        return step(share, place, pieces, efficiency).seconds
     middle = plan.steps // 2  # all steps as long as the middle one: they grow by a token each
     pieces = [Piece(piece.start + min(middle, piece.limit - 1), 1) for piece in plan.pieces]
-    return plan.steps * step(share, place, pieces, SERVER).seconds
+    return plan.steps * step(share, place, pieces, efficiency).seconds
 
 
-def _capacity(share: Share, place: Topology, slots: int, traffic: Traffic, middle: int) -> float:
+def _capacity(
+    share: Share, place: Topology, slots: int, traffic: Traffic, middle: int, efficiency: Efficiency
+) -> float:
     """Tokens a second that a data shard generates with all slots busy: each sequence is read once, and stepped."""
-    stepping = traffic.output * decode(share, place, slots, middle, SERVER).seconds
-    reading = prefill_s(share, place, math.ceil(traffic.prompt), _CHUNK, SERVER, sequences=slots)
+    stepping = traffic.output * decode(share, place, slots, middle, efficiency).seconds
+    reading = prefill_s(share, place, math.ceil(traffic.prompt), _CHUNK, efficiency, sequences=slots)
     return slots * traffic.output / (stepping + reading)
 
 

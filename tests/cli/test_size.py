@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jaxopt_llm import size as sizing
 from tests import families
 
 ASKED = ("--input_tokens=64", "--output_tokens=8", "--requests=8")
@@ -86,6 +87,54 @@ def test_aot_without_the_compiler_says_what_to_install(aot, monkeypatch):
     assert done.code == 0, done.stderr
     assert "v5e 1x1 is not compiled for: compiling for a TPU needs its compiler, libtpu" in done.stdout
     assert "v5e 1x1 (data=1, bf16) wins" in done.stdout, "what was counted still holds"
+
+
+def test_runs_of_the_engine_are_fitted_to(run_cli, data_dir, tmp_path):
+    model, runs = f"--model={data_dir / 'stories107K.gguf'}", tmp_path / "runs.json"
+    bench = (
+        "bench",
+        "engine",
+        model,
+        "--prompt_tokens=32",
+        "--output_tokens=8",
+        "--repeats=1",
+        f"--append={runs}",
+    )
+    for count in (1, 4):
+        done = run_cli(*bench, f"--concurrency={count}")
+        assert done.code == 0, done.stderr
+    assert [run.concurrency for run in sizing.read_runs(runs)] == [1, 4]
+    done = run_cli("size", model, "--chip=this", f"--calibrate={runs}", *ASKED, "--json")
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report["held_out"]) == 2
+    assert "fitted to 2 runs on this" in report["uncertainty"]
+    measured = sum(1e3 * run.tpot_s for run in sizing.read_runs(runs)) / 2
+    assert report["best"]["tpot_ms"]["p50"] == pytest.approx(measured, rel=3), (
+        "of the order of what was measured"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mesh=tensor=2"], "--append takes no --mesh yet"),
+        (["--dtype=bfloat16"], "--append takes no --dtype yet"),
+        (["--cache_dtype=float16"], "--append takes no --cache_dtype=float16"),
+        ([], "broken.json holds no runs"),
+    ],
+)
+def test_runs_that_cannot_be_kept_are_refused_before_they_are_made(
+    run_cli, data_dir, tmp_path, arguments, message
+):
+    broken = tmp_path / "broken.json"
+    broken.write_text("[1]")
+    done = run_cli(
+        "bench", "engine", f"--model={data_dir / 'stories107K.gguf'}", f"--append={broken}", *arguments
+    )
+    assert done.code == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert broken.read_text() == "[1]"
 
 
 @pytest.mark.parametrize("form", ["svg", "png"])

@@ -1,0 +1,180 @@
+"""Runs of the engine that were measured, and the efficiency factors that explain them best."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from jaxopt_llm.models import ModelConfig
+from jaxopt_llm.sharding import MeshSpec
+from jaxopt_llm.sharding.chips import CHIPS, Chip
+from jaxopt_llm.size.efficiency import SERVER, Efficiency
+from jaxopt_llm.size.model import Shapes, Share
+from jaxopt_llm.size.step import decode, prefill_s
+from jaxopt_llm.size.topology import Topology
+
+_FACTORS = ("weights", "cache", "flops", "attention", "links", "hop_s", "layer_s")
+# A share of a published rate is at most 1. Of the machine at hand a rate is measured of float products, which integer
+# ones may pass. What runs say nothing of stays where it begins.
+_BOUNDS = {
+    "weights": (0.05, 1.2),
+    "cache": (0.02, 1.2),
+    "flops": (0.02, 8.0),
+    "attention": (0.005, 8.0),
+    "links": (0.05, 1.0),
+    "hop_s": (1e-8, 1e-5),
+    "layer_s": (1e-7, 1e-2),
+}
+_PULL = 0.03  # towards where a factor begins, per factor of e: what runs tell anything of is far stronger
+_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Sequences that started together on an engine, and what it took.
+
+    Attributes:
+      config: of the model.
+      chip, topology, mesh: where it ran; the figures of a chip that is not among the known are the machine's own.
+      weights, kv: precisions, as `size` names them.
+      prompt_tokens, output_tokens, concurrency: of each sequence, and how many.
+      prefill_s: until every sequence had its first token.
+      tpot_s: of a later token of one sequence.
+    """
+
+    config: ModelConfig
+    chip: Chip
+    topology: str
+    mesh: str
+    weights: str
+    kv: str
+    prompt_tokens: int
+    output_tokens: int
+    concurrency: int
+    prefill_s: float
+    tpot_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        known = CHIPS.get(self.chip.name) == self.chip
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return plain | {
+            "config": self.config.to_json(),
+            "chip": self.chip.name if known else dataclasses.asdict(self.chip),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """What `to_json` gave.
+
+        Raises:
+          TypeError, ValueError, KeyError: for anything else.
+        """
+        chip = values["chip"]
+        known = CHIPS[chip] if isinstance(chip, str) else Chip(**chip | {"kinds": tuple(chip["kinds"])})
+        return cls(**values | {"config": ModelConfig.from_json(values["config"]), "chip": known})
+
+    def predicted(self, efficiency: Efficiency) -> tuple[float, float]:
+        """`prefill_s` and `tpot_s`."""
+        place, share = self._placed
+        rows = -(-self.concurrency // MeshSpec.parse(self.mesh).data)
+        middle = self.prompt_tokens + self.output_tokens // 2
+        return (
+            prefill_s(share, place, self.prompt_tokens, _CHUNK, efficiency, sequences=rows),
+            decode(share, place, rows, middle, efficiency).seconds,
+        )
+
+    @functools.cached_property
+    def _placed(self) -> tuple[Topology, Share]:
+        place, mesh = Topology.parse(self.chip, self.topology), MeshSpec.parse(self.mesh)
+        return place, Share.of(Shapes.of(self.config), mesh, self.weights, self.kv, place.platform)
+
+
+class HeldOut(NamedTuple):
+    """A run that factors were not fitted to: predicted over measured, less 1."""
+
+    run: Run
+    prefill: float
+    tpot: float
+
+
+def append(path: Path, run: Run) -> None:
+    """Adds a run to a file of them, which is made where there is none.
+
+    Raises:
+      ValueError: if the file is no such file.
+    """
+    runs = read(path) if path.exists() else []
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(json.dumps([one.to_json() for one in (*runs, run)], indent=1) + "\n", "utf-8")
+    temporary.replace(path)
+
+
+def read(path: Path) -> list[Run]:
+    """The runs of a file that `append` wrote.
+
+    Raises:
+      OSError: if it cannot be read.
+      ValueError: if it is no such file.
+    """
+    try:
+        runs = [Run.from_json(values) for values in json.loads(path.read_text("utf-8"))]
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} holds no runs as jaxopt-llm bench engine --append={path.name} writes them: {error}"
+        ) from None
+    if not runs:
+        raise ValueError(f"{path} holds no run; add some with jaxopt-llm bench engine --append={path.name}")
+    return runs
+
+
+def fit(runs: Sequence[Run]) -> Efficiency:
+    """The factors with the least squared errors of logarithms."""
+    start = np.log([getattr(SERVER, name) for name in _FACTORS])
+    low, high = np.log(np.array([_BOUNDS[name] for name in _FACTORS])).T
+    start = np.clip(start, low + 1e-6, high - 1e-6)
+
+    def errors(logs: np.ndarray) -> np.ndarray:
+        found = _of(logs)
+        missed = [_log_errors(run, found) for run in runs]
+        return np.concatenate([np.ravel(missed), _PULL * (logs - start)])
+
+    return _of(least_squares(errors, start, bounds=(low, high)).x)
+
+
+def held_out(runs: Sequence[Run]) -> list[HeldOut]:
+    """Every run, predicted from the others; none where there is but one."""
+    if len(runs) < 2:
+        return []
+    found = []
+    for i, run in enumerate(runs):
+        prefill, tpot = np.expm1(_log_errors(run, fit([*runs[:i], *runs[i + 1 :]])))
+        found.append(HeldOut(run, float(prefill), float(tpot)))
+    return found
+
+
+def uncertainty(runs: Sequence[Run], left_out: Sequence[HeldOut]) -> str:
+    """How far figures that were fitted to these runs can be trusted, in a sentence."""
+    where = ", ".join(dict.fromkeys(run.chip.name for run in runs))
+    fitted = f"Times are a model's, fitted to {len(runs)} runs on {where}"
+    if not left_out:
+        return f"{fitted}; with one run nothing tells how far off they are."
+    worst = lambda name: max(abs(getattr(one, name)) for one in left_out)
+    return (
+        f"{fitted}; a run that is left out comes out within {worst('tpot'):.0%} (time between tokens) and "
+        f"{worst('prefill'):.0%} (prompts). Other chips were not compared with."
+    )
+
+
+def _log_errors(run: Run, efficiency: Efficiency) -> tuple[float, float]:
+    prefill, tpot = run.predicted(efficiency)
+    return math.log(prefill / run.prefill_s), math.log(tpot / run.tpot_s)
+
+
+def _of(logs: np.ndarray) -> Efficiency:
+    return Efficiency(name="measured", **dict(zip(_FACTORS, map(float, np.exp(logs)), strict=True)))
