@@ -1,0 +1,104 @@
+"""What `size --calibrate` predicts of this machine: factors fitted to two shapes, a third four times as large.
+
+    python -m benchmarks.size_here [--format=int8_block]
+
+Random weights. Two shapes are timed through the engine, one and two sequences at a time; the third has at least four
+times the bytes of the larger of them and runs four times as many sequences. The exit code is 1 where the predicted time
+of its decode step is more than 20 % off. Writes benchmarks/results/size_here.json. Needs a quiet machine.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from benchmarks.record import record
+from benchmarks.step import random_model
+from jaxopt_llm import evaluate
+from jaxopt_llm import size as sizing
+from jaxopt_llm.models import ModelConfig, Rope, num_bytes
+from jaxopt_llm.sharding import MeshSpec
+from jaxopt_llm.sharding.chips import Chip, chip_of
+
+_FORMAT = flags.DEFINE_string("format", "int8_block", "Form of weights.")
+_PROMPT, _OUTPUT = 256, 32
+_LIMIT = 0.20
+
+
+def shape(layers: int, d_model: int, d_ff: int) -> ModelConfig:
+    """Of a Llama, heads of 64 in groups of two."""
+    return ModelConfig(
+        family="llama", vocab_size=16384, d_model=d_model, d_ff=d_ff, num_layers=layers, num_heads=d_model // 64,
+        num_kv_heads=d_model // 128, head_dim=64, max_seq_len=1024, windows=(None,) * layers, rope=Rope(),
+    )  # fmt: skip
+
+
+CALIBRATED = (shape(8, 512, 1536), shape(12, 768, 2048))
+PREDICTED = shape(20, 1536, 4608)
+BATCHES, BATCH = (1, 2), 8
+
+
+def main(_: Sequence[str]) -> None:
+    chip = chip_of(jax.devices()[0]) or sizing.here()
+    runs = [_run(config, chip, batch) for config in CALIBRATED for batch in BATCHES]
+    large = _run(PREDICTED, chip, BATCH)
+    sizes = [_nbytes(config) for config in (*CALIBRATED, PREDICTED)]
+    if sizes[-1] < 4 * max(sizes[:-1]):
+        raise ValueError(
+            f"the third shape has {sizes[-1]:,} bytes, not four times those of the others: {sizes}"
+        )
+    factors = sizing.fit(runs)
+    prefill, tpot = large.predicted(factors)
+    error = tpot / large.tpot_s - 1
+    rows = [
+        {
+            "bytes": _nbytes(run.config),
+            "sequences": run.concurrency,
+            "prefill_s": run.prefill_s,
+            "tpot_s": run.tpot_s,
+        }
+        for run in (*runs, large)
+    ]
+    found = {
+        "format": _FORMAT.value,
+        "runs": rows,
+        "factors": vars(factors),
+        "held_out": [{"prefill": one.prefill, "tpot": one.tpot} for one in sizing.held_out(runs)],
+        "predicted": {"prefill_s": prefill, "tpot_s": tpot},
+        "tpot_error": error,
+        "prefill_error": prefill / large.prefill_s - 1,
+    }
+    record("size_here", found)
+    sys.exit(1 if abs(error) > _LIMIT else 0)
+
+
+def _model(config: ModelConfig) -> Any:
+    return random_model(config, _FORMAT.value, jnp.dtype(jnp.float32))
+
+
+def _nbytes(config: ModelConfig) -> int:
+    return num_bytes(_model(config))
+
+
+def _run(config: ModelConfig, chip: Chip, batch: int) -> sizing.Run:
+    found = evaluate.speed(_model(config), prompt_tokens=_PROMPT, output_tokens=_OUTPUT, concurrency=batch)
+    return sizing.Run(
+        config=config,
+        chip=chip,
+        topology=str(sizing.Topology.all_of(chip)[0]),
+        mesh=str(MeshSpec()),
+        weights=_FORMAT.value,
+        kv=sizing.FLOAT,
+        prompt_tokens=_PROMPT,
+        output_tokens=_OUTPUT,
+        concurrency=batch,
+        prefill_s=batch * _PROMPT / found.prefill_tokens_per_s.median,
+        tpot_s=found.tpot_ms.median / 1e3,
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)
