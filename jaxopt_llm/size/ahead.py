@@ -158,7 +158,7 @@ def compile_ahead(
             raise
         refusal = str(error).splitlines()[0]
     most = max((one.nbytes for one in programs.values()), default=0)
-    if refusal is None and most > memory:  # compilers for GPUs and CPUs do not refuse
+    if where.platform != "tpu" and most > memory:  # other compilers do not refuse
         refusal = f"a step needs {most:,} bytes of a chip's {memory:,}"
     spare = memory - max((one.weights + one.temporaries for one in programs.values()), default=memory)
     return Compiled(
