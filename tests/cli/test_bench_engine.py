@@ -10,7 +10,7 @@ def test_figures(run_cli, storyteller):
     assert done.code == 0, done.stderr
     report = json.loads(done.stdout)
     spread = report.pop("spread")
-    assert report.pop("programs") == 7, "of 32, 64, ... 512 tokens with prompts; of 1 and 2 rows that decode"
+    assert report.pop("programs") == 2, "80 tokens of prompts in a step of 128, and 2 rows that decode"
     assert report.keys() == spread.keys()
     for name, (low, high) in spread.items():
         assert 0 < low <= report[name] <= high, name
