@@ -123,7 +123,10 @@ def read(path: Path) -> list[Run]:
       ValueError: if it is no such file.
     """
     try:
-        runs = [Run.from_json(values) for values in json.loads(path.read_text("utf-8"))]
+        values = json.loads(path.read_text("utf-8"))
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise ValueError("it is no list of objects")
+        runs = [Run.from_json(value) for value in values]
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} holds no runs as jaxopt-llm bench engine --append={path.name} writes them: {error}"
