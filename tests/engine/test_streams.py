@@ -118,6 +118,15 @@ def test_what_is_dropped_holds_up_nobody(engine, stories):
     assert (metrics.waiting, metrics.running, metrics.pages_used) == (0, 0, (0,))
 
 
+@pytest.fixture
+def interruptible():
+    """Also where what started the tests has Control-C ignored, as a shell does in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("where", ["run", "read"])
 def test_an_interrupt_in_a_step_waits_for_its_end(engine, texts, monkeypatch, where):
     """Control-C while a program is compiled or sent, or while its result is fetched."""
