@@ -20,7 +20,6 @@ from benchmarks.step import random_model
 from jaxopt_llm import evaluate
 from jaxopt_llm import size as sizing
 from jaxopt_llm.models import ModelConfig, Rope, num_bytes
-from jaxopt_llm.sharding import MeshSpec
 from jaxopt_llm.sharding.chips import Chip, chip_of
 
 _FORMAT = flags.DEFINE_string("format", "int8_block", "Form of weights.")
@@ -85,18 +84,15 @@ def _nbytes(config: ModelConfig) -> int:
 
 def _run(config: ModelConfig, chip: Chip, batch: int) -> sizing.Run:
     found = evaluate.speed(_model(config), prompt_tokens=_PROMPT, output_tokens=_OUTPUT, concurrency=batch)
-    return sizing.Run(
+    return sizing.Run.of(
+        found,
         config=config,
         chip=chip,
-        topology=str(sizing.Topology.all_of(chip)[0]),
-        mesh=str(MeshSpec()),
         weights=_FORMAT.value,
         kv=sizing.FLOAT,
         prompt_tokens=_PROMPT,
         output_tokens=_OUTPUT,
         concurrency=batch,
-        prefill_s=batch * _PROMPT / found.prefill_tokens_per_s.median,
-        tpot_s=found.tpot_ms.median / 1e3,
     )
 
 

@@ -92,7 +92,7 @@ def check_compress(ran):
     for *_, cut, fitted in map(str.split, text(ran["prune"]).splitlines()[1:]):
         assert float(fitted) < 0.95 * float(cut)
     before, after = map(float, re.search(r"perplexity (\S+) -> (\S+)", text(ran["distil"])).groups())
-    assert after < 0.95 * before
+    assert after < 0.9 * before
     kld = {line.split()[0]: float(line.split()[3]) for line in text(ran["quantize"]).splitlines()}
     assert max(kld["AWQ"], kld["GPTQ"]) < kld["RTN"]
     first, *_, small, rival = (re.split(r"\s{2,}", line) for line in text(ran["final"]).splitlines()[1:6])

@@ -20,7 +20,6 @@ from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.engine import EngineConfig
 from jaxopt_llm.kernels import QArray
 from jaxopt_llm.models import Transformer, weights
-from jaxopt_llm.sharding import MeshSpec
 from jaxopt_llm.sharding.chips import chip_of
 
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 512, "Length of each prompt.")
@@ -56,18 +55,15 @@ def main(argv: Sequence[str]) -> None:
         )
     if APPEND.value is not None:
         chip = chip_of(jax.devices()[0]) or size.here()
-        run = size.Run(
+        run = size.Run.of(
+            found,
             config=model.config,
             chip=chip,
-            topology=str(size.Topology.all_of(chip)[0]),
-            mesh=str(MeshSpec()),
             weights=size.FLOAT if quantize is None else quantize,
             kv=size.FLOAT if CACHE_DTYPE.value is None else CACHE_DTYPE.value,
             prompt_tokens=PROMPT_TOKENS.value,
             output_tokens=output_tokens,
             concurrency=concurrency,
-            prefill_s=concurrency * PROMPT_TOKENS.value / found.prefill_tokens_per_s.median,
-            tpot_s=found.tpot_ms.median / 1e3,
         )
         size.append_run(Path(APPEND.value), run)
     figures = {name: value for name, value in vars(found).items() if isinstance(value, evaluate.Spread)}

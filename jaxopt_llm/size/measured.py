@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from scipy.optimize import least_squares
 
+from jaxopt_llm.evaluate import Speed
 from jaxopt_llm.models import ModelConfig
 from jaxopt_llm.sharding import MeshSpec
 from jaxopt_llm.sharding.chips import CHIPS, Chip
@@ -59,6 +60,19 @@ class Run:
     concurrency: int
     prefill_s: float
     tpot_s: float
+
+    @classmethod
+    def of(cls, found: Speed, *, prompt_tokens: int, concurrency: int, **what: Any) -> Self:
+        """What `evaluate.speed` found on one device; `what` has the other fields."""
+        return cls(
+            topology=str(Topology.all_of(what["chip"])[0]),
+            mesh=str(MeshSpec()),
+            prompt_tokens=prompt_tokens,
+            concurrency=concurrency,
+            prefill_s=concurrency * prompt_tokens / found.prefill_tokens_per_s.median,
+            tpot_s=found.tpot_ms.median / 1e3,
+            **what,
+        )
 
     def to_json(self) -> dict[str, Any]:
         known = CHIPS.get(self.chip.name) == self.chip

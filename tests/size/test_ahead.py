@@ -6,7 +6,7 @@ import pytest
 
 from jaxopt_llm.engine import EngineConfig
 from jaxopt_llm.models import ModelConfig, Rope
-from jaxopt_llm.sharding import MeshSpec, topologies
+from jaxopt_llm.sharding import MeshSpec
 from jaxopt_llm.sharding.chips import CHIPS
 from jaxopt_llm.size import Topology, ahead, compile_ahead
 from jaxopt_llm.size.ahead import Collective, collectives
@@ -95,9 +95,3 @@ def test_collectives_are_read_from_the_text():
         Collective("all-gather", 1, 8 * 4096 * 4),
         Collective("all-reduce", 2, 16 * 4096 * 2 + 16),
     )
-
-
-def test_without_the_compiler_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="libtpu"):
-        topologies.tpu("v5e")
