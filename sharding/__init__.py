@@ -3,6 +3,7 @@
 from jaxopt_llm.sharding.collectives import axis_index, is_manual, join_last, psum
 from jaxopt_llm.sharding.mesh import MESH_AXES, MeshSpec
 from jaxopt_llm.sharding.rules import RULES, AxisRules, Sharding
+from jaxopt_llm.sharding.stages import balanced
 
 __all__ = [
     "MESH_AXES",
@@ -11,6 +12,7 @@ __all__ = [
     "MeshSpec",
     "Sharding",
     "axis_index",
+    "balanced",
     "is_manual",
     "join_last",
     "psum",

@@ -19,15 +19,25 @@ _AUTO = (AxisType.Auto,) * len(MESH_AXES)  # jax.make_mesh alone gives explicit 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSpec:
-    """The size of each mesh axis. `MeshSpec.parse("data=2,tensor=4")` is `MeshSpec(data=2, tensor=4)`."""
+    """The size of each mesh axis. `MeshSpec.parse("data=2,tensor=4")` is `MeshSpec(data=2, tensor=4)`.
+
+    Attributes:
+      data, stage, expert, sequence, tensor: sizes.
+      stage_layers: how many layers each stage has; None for as many as take about as long.
+    """
 
     data: int = 1
     stage: int = 1
     expert: int = 1
     sequence: int = 1
     tensor: int = 1
+    stage_layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
+        if self.stage_layers and len(self.stage_layers) != self.stage:
+            raise ValueError(
+                f"stage_layers={self.stage_layers} must have an entry for each of {self.stage} stages"
+            )
         for axis in MESH_AXES:
             size = getattr(self, axis)
             if not isinstance(size, int) or size < 1:
@@ -35,7 +45,7 @@ class MeshSpec:
 
     @classmethod
     def parse(cls, text: "str | MeshSpec") -> "MeshSpec":
-        """Reads `"data=2,tensor=4"`; axes not named have size 1.
+        """Reads `"data=2,tensor=4"`; axes not named have size 1. `stage=20+12` is two stages of so many layers.
 
         Raises:
           ValueError: for an unknown or repeated axis, or a size that is no positive integer.
@@ -43,16 +53,20 @@ class MeshSpec:
         if isinstance(text, MeshSpec):
             return text
         sizes: dict[str, int] = {}
+        stage_layers = None
         for item in filter(None, (part.strip() for part in text.split(","))):
             axis, _, size = (word.strip() for word in item.partition("="))
             if axis not in MESH_AXES:
                 raise ValueError(f"unknown mesh axis {axis!r} in {text!r}; axes are {', '.join(MESH_AXES)}")
             if axis in sizes:
                 raise ValueError(f"mesh axis {axis!r} is named twice in {text!r}")
+            if axis == "stage" and "+" in size and all(part.isdecimal() for part in size.split("+")):
+                stage_layers = tuple(map(int, size.split("+")))
+                size = str(len(stage_layers))
             if not size.isdecimal():
                 raise ValueError(f"mesh axis {item!r} needs a size, as in {axis}=2")
             sizes[axis] = int(size)
-        return cls(**sizes)
+        return cls(**sizes, stage_layers=stage_layers)
 
     @property
     def size(self) -> int:
@@ -60,7 +74,10 @@ class MeshSpec:
         return math.prod(self._shape)
 
     def __str__(self) -> str:
-        named = [f"{axis}={getattr(self, axis)}" for axis in MESH_AXES if getattr(self, axis) > 1]
+        sizes = {axis: str(getattr(self, axis)) for axis in MESH_AXES if getattr(self, axis) > 1}
+        if self.stage_layers:
+            sizes["stage"] = "+".join(map(str, self.stage_layers))
+        named = [f"{axis}={size}" for axis, size in sizes.items()]
         return ",".join(named) or "data=1"
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:

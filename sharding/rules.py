@@ -1,16 +1,18 @@
 """From logical axes to mesh axes: the only place that decides it."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_llm.sharding.mesh import check_mesh
+from jaxopt_llm.sharding.stages import check_stages, stage_mesh
 
 # Why a mesh axis may have nothing to split.
 _IDLE = {
-    "stage": "pipeline stages are not built yet",
+    "stage": "the model has no layers",
     "expert": "the model has no experts",
     "sequence": "splitting sequences is not built yet",
 }
@@ -75,6 +77,12 @@ class Sharding:
     An axis is split by whole units: `heads` of width `head_dim` are never cut, so `units["heads"]` is
     the number of heads, whatever the length of the array's dimension. `batch` is the caller's to split.
 
+    `layers` are no dimension of an array: each lies in one stage, whose part of the mesh `of_stage` gives.
+
+    Attributes:
+      mesh, units, rules: as above.
+      stage_layers: how many layers each stage of a pipeline has; None for about as many each.
+
     Raises:
       ValueError: for a mesh with other axes than ours, axes that are not `Auto`, or one of more than one device
         that nothing of this model would be split over.
@@ -83,6 +91,7 @@ class Sharding:
     mesh: Mesh | AbstractMesh
     units: Mapping[str, int]
     rules: AxisRules = RULES
+    stage_layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
         check_mesh(self.mesh)
@@ -91,6 +100,33 @@ class Sharding:
             if size > 1 and axis not in used:
                 reason = _IDLE.get(axis, "the model has nothing on it")
                 raise ValueError(f"mesh {axis}={size} would split nothing: {reason}; leave {axis} at 1")
+        layers, stages = self.units.get("layers", 1), self.mesh.shape.get("stage", 1)
+        check_stages(layers, stages)
+        own = self.stage_layers
+        if own is not None and (len(own) != stages or sum(own) != layers or min(own) < 1):
+            raise ValueError(
+                f"mesh stage={'+'.join(map(str, own))} must be {stages} numbers of at least 1 that add up to the "
+                f"model's {layers} layers"
+            )
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline; 1 where there is none."""
+        return self.mesh.shape.get("stage", 1)
+
+    def stage_of(self, layer: int) -> int:
+        """The stage that a layer lies in."""
+        if self.stage_layers is None:
+            return layer * self.stages // self.units["layers"]
+        ends = itertools.accumulate(self.stage_layers)
+        return next(stage for stage, end in enumerate(ends) if layer < end)
+
+    def of_stage(self, stage: int) -> "Sharding":
+        """The same on the devices of one stage."""
+        if self.stages == 1:
+            return self
+        units = {axis: count for axis, count in self.units.items() if axis != "layers"}
+        return Sharding(stage_mesh(self.mesh, stage), units, self.rules)
 
     def spec(self, axes: Sequence[str | None], what: str = "array") -> P:
         """The partition of an array whose dimensions have these logical axes (None: never split).

@@ -1,5 +1,6 @@
 """`load`: any checkpoint to a model and its tokenizer, tensor by tensor."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from jaxopt_llm.models import (
     from_params,
     quantizable,
     specs,
+    stage_layers,
     weights,
     widest_mesh,
     with_weights,
@@ -62,8 +64,8 @@ def load(
       quantize: a rounding to nearest that each tensor goes through while it is read: a format that `jo.quantize` has.
       mesh: `"tensor=4"`, a `MeshSpec` or a `jax.sharding.Mesh` of its axes, to place parameters shard by shard;
         `"auto"` for as many tensor shards as divide the model, over the devices that there are.
-        `tensor` and `expert` split the model. `data` leaves it whole on each of its devices, for a program of
-        your own that splits the batch; `generate` and `evaluate` do not.
+        `tensor` and `expert` split the model. `data` leaves it whole on each of its devices. `stage` gives each of its
+        stages some layers, about as many as take equally long, or as `"stage=20+12"` says.
       adapter: one in PEFT's format, or where it lies: merged while the weights are read, before they are rounded.
       offload: a folder on a disk with room for the model, whose parameters are then mapped from a file there instead
         of held: for a model larger than memory on the CPU. The file has no name, and goes with the model.
@@ -165,8 +167,16 @@ def mesh_sharding(
     """Where the parameters of a model go on a mesh, which `auto` chooses; `rounding` is that of its weights."""
     if mesh == AUTO:
         mesh = widest_mesh(config, jax.device_count(), rounding)
-    built = mesh if isinstance(mesh, jax.sharding.Mesh) else MeshSpec.parse(mesh).build()
-    return Sharding(built, config.units)
+    if isinstance(mesh, jax.sharding.Mesh):
+        built, layers = mesh, None
+    else:
+        spec = MeshSpec.parse(mesh)
+        built, layers = spec.build(), spec.stage_layers
+    sharding = Sharding(built, config.units)
+    if sharding.stages > 1:
+        layers = layers or stage_layers(config, sharding.stages, rounding=rounding)
+        sharding = dataclasses.replace(sharding, stage_layers=layers)
+    return sharding
 
 
 def read_config(source: str | Path) -> tuple[ModelConfig, Path]:

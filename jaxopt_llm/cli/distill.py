@@ -14,7 +14,7 @@ from jaxopt_llm import distill as d
 from jaxopt_llm.checkpoints.orbax import MARKER
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import CONFIG, JSON, OUT, SET, TEXT
-from jaxopt_llm.cli.loading import load_model
+from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import read_text, stages
 from jaxopt_llm.cli.writing import out_path
 from jaxopt_llm.optimize import sample_text
@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> None:
             "--text is for measuring alone, and --train names the same text; take another for one of them"
         )
     mesh = None if SPREAD.value is None else MeshSpec.parse(SPREAD.value)
-    teacher = load_model(TEACHER.value, mesh=mesh, quantize=TEACHER_QUANTIZE.value)
-    student = load_model(STUDENT.value, mesh=mesh, quantize=STUDENT_QUANTIZE.value)
+    teacher = load(TEACHER.value, mesh=mesh, quantize=TEACHER_QUANTIZE.value)
+    student = load(STUDENT.value, mesh=mesh, quantize=STUDENT_QUANTIZE.value)
     with stages("") as report:
         outcome = d.distill(
             d.Model(*teacher),

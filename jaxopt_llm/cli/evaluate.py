@@ -25,7 +25,7 @@ from jaxopt_llm.cli.flags import (
     WINDOWS,
     FlagGroup,
 )
-from jaxopt_llm.cli.loading import load
+from jaxopt_llm.cli.loading import load_whole
 from jaxopt_llm.cli.measuring import read_text, stages
 from jaxopt_llm.models import Transformer
 from jaxopt_llm.text import Tokenizer
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     evaluate.check_sizes(window=WINDOW.value, stride=STRIDE.value, windows=WINDOWS.value)
     run_tasks = prepare_tasks(TASKS.value, TASK_OPTIONS.value)
     text = None if TEXT.value is None else read_text(TEXT.value)
-    model, tokenizer = load(MODEL.value, **LOADING.value)
+    model, tokenizer = load_whole(MODEL.value, **LOADING.value)
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} has no tokenizer, and text cannot be scored without one")
     figures = {} if text is None else _score(model, tokenizer, text)
@@ -75,7 +75,7 @@ def _score(model: Transformer, tokenizer: Tokenizer, text: str) -> dict[str, obj
 
 def _load_reference(source: str, tokenizer: Tokenizer, text: str) -> Transformer:
     """The model to compare with, which must read the text as the same tokens."""
-    reference, own = load(source, dtype=DTYPE.value, mesh=MESH.value)
+    reference, own = load_whole(source, dtype=DTYPE.value, mesh=MESH.value)
     if own is not None and own.encode(text, add_special=False) != tokenizer.encode(text, add_special=False):
         raise ValueError(
             f"--reference={source} reads the text as other tokens than --model={MODEL.value}; "

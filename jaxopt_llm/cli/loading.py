@@ -29,19 +29,23 @@ def load_draft(
     return draft
 
 
-def load(source: str, *, mesh: str | None = None, **options: Any) -> tuple[Transformer, Tokenizer | None]:
-    """`load_model`.
+def load_whole(
+    source: str, *, mesh: str | None = None, **options: Any
+) -> tuple[Transformer, Tokenizer | None]:
+    """`load`, for a command that runs whole forwards and not the engine.
 
     Raises:
-      ValueError: also for a mesh with a data axis: no command splits a batch.
+      ValueError: also for a mesh with a data axis, as no such command splits a batch, or stages.
     """
-    if mesh not in (None, checkpoints.AUTO) and MeshSpec.parse(mesh).data > 1:
-        raise ValueError(f"--mesh={mesh}: this command does not split batches over data yet; leave data at 1")
-    return load_model(source, mesh=mesh, **options)
+    if mesh not in (None, checkpoints.AUTO):
+        for axis in ("data", "stage"):
+            if getattr(MeshSpec.parse(mesh), axis) > 1:
+                raise ValueError(f"--mesh={mesh}: this command runs no {axis} axis; leave {axis} at 1")
+    return load(source, mesh=mesh, **options)
 
 
-def load_model(source: str, **options: Any) -> tuple[Transformer, Tokenizer | None]:
-    """`checkpoints.load`, its progress on stderr, on any mesh."""
+def load(source: str, **options: Any) -> tuple[Transformer, Tokenizer | None]:
+    """`checkpoints.load`, its progress on stderr."""
     advance: Callable[[float], None] | None = None
     done = 0
     with contextlib.ExitStack() as stack:

@@ -15,7 +15,7 @@ from jaxopt_llm import checkpoints, configs
 from jaxopt_llm.checkpoints.orbax import MARKER
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import ADAPTER, CONFIG, DTYPE, JSON, MESH, MODEL, OUT, SET, TEXT
-from jaxopt_llm.cli.loading import load
+from jaxopt_llm.cli.loading import load_whole
 from jaxopt_llm.cli.measuring import read_text, stages
 from jaxopt_llm.cli.writing import existing_parent, out_path
 from jaxopt_llm.optimize import Outcome, Recipe, optimize
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     text = None if TEXT.value is None else read_text(TEXT.value)
     calibration = None if CALIBRATION.value is None else read_text(CALIBRATION.value)
     source = checkpoints.resolve(MODEL.value)
-    model, tokenizer = load(
+    model, tokenizer = load_whole(
         MODEL.value,
         dtype=DTYPE.value,
         mesh=MESH.value,

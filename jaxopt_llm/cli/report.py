@@ -14,7 +14,7 @@ from jaxopt_llm import checkpoints, evaluate
 from jaxopt_llm.checkpoints.atomic import atomic_file
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import BOS, DTYPE, JSON, MESH, OUT, REFERENCE, TEXT, WINDOW, WINDOWS
-from jaxopt_llm.cli.loading import load
+from jaxopt_llm.cli.loading import load_whole
 from jaxopt_llm.cli.measuring import read_text, stages
 from jaxopt_llm.cli.writing import out_path
 from jaxopt_llm.optimize import sample_text
@@ -75,7 +75,7 @@ def _names(sources: Sequence[str]) -> list[str]:
 
 
 def _load(source: str, name: str) -> Subject:
-    model, tokenizer = load(source, dtype=DTYPE.value, mesh=MESH.value)
+    model, tokenizer = load_whole(source, dtype=DTYPE.value, mesh=MESH.value)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer, and text cannot be scored without one")
     path = checkpoints.resolve(source)

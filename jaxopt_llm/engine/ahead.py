@@ -89,7 +89,7 @@ def _logits(
     leaves: Leaves, state: State, inputs: Inputs, *, program: Program
 ) -> tuple[Float[Array, "B V"], State]:
     model = program.skeleton.fill(leaves[0])
-    hidden, state = forward(model, None, state, latest(state, inputs), None)
+    hidden, state = forward(model, None, state, latest(state.last_tokens, inputs), None)
     return model.logits(hidden[jnp.maximum(inputs.query_start[1:] - 1, 0)]), state
 
 
@@ -99,7 +99,7 @@ def _sampled(
 ) -> tuple[Sampled, State]:
     state = State(cache=(), last_tokens=last_tokens)
     last = jnp.maximum(inputs.query_start[1:] - 1, 0)
-    tokens, positions = latest(state, inputs).tokens[last], inputs.positions[last]
+    tokens, positions = latest(last_tokens, inputs).tokens[last], inputs.positions[last]
     sampled = choose(logits, tokens, positions, inputs.sampling, state, inputs, ())
     return sampled, keep_last(state, inputs, sampled.tokens, inputs.limit > 0)
 

@@ -27,7 +27,7 @@ class EngineConfig:
         `max_slots` sequences need, at most 8,192 or one of `max_seq_len`.
       page_size: tokens a page.
       max_tokens_per_step: tokens fed in one step at most; longer prompts go in chunks.
-      decode_steps: steps of decoding a dispatch when nothing waits.
+      decode_steps: steps of decoding a dispatch when nothing waits; one on a pipeline.
       prefix_cache: share the pages of equal prefixes.
       prompt_lookup: draft tokens from where the latest ones stood before (speculative decoding without a draft model).
       draft_tokens: drafted at a time at most, by prompt lookup or a draft model; fewer where fewer pay.
@@ -68,8 +68,8 @@ class EngineConfig:
         max_seq_len = min(model.max_seq_len, max(_SHORTEST, power_of_two(tokens)))
         return cls(max_slots=max_slots, max_seq_len=max_seq_len, cache_tokens=max_slots * max_seq_len)
 
-    def scheduler(self, model: ModelConfig) -> SchedulerConfig:
-        """What this means for a model.
+    def scheduler(self, model: ModelConfig, *, stages: int = 1) -> SchedulerConfig:
+        """What this means for a model, and for the stages of a pipeline that it may lie in.
 
         Raises:
           ValueError: if `max_seq_len` is beyond the model's context.
@@ -92,7 +92,8 @@ class EngineConfig:
             windows=windows,
             max_tokens_per_step=max(self.max_tokens_per_step, self.max_slots),
             max_seq_len=context,
-            decode_steps=self.decode_steps,
+            decode_steps=self.decode_steps if stages == 1 else 1,
+            stages=stages,
         )
 
     def kv_dtype(self, model_dtype: jnp.dtype) -> jnp.dtype:

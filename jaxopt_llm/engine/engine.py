@@ -27,7 +27,7 @@ from jaxopt_llm.engine.request import Result, Score
 from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.sampling import SamplingParams
 from jaxopt_llm.engine.stream import Stream
-from jaxopt_llm.models import Transformer
+from jaxopt_llm.models import Transformer, stages
 from jaxopt_llm.text import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -109,7 +109,7 @@ class Engine:
             raise ValueError("decode_steps=1 leaves no room for drafts; take at least 2")
         keep_programs()
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
-        sizes = config.scheduler(model.config)
+        sizes = config.scheduler(model.config, stages=len(stages(model)))
         rooms = levels(config.draft_tokens) if speculates else (0,)
         rows = inputs.rows_of_logits(sizes, rooms)
         for processor in processors:

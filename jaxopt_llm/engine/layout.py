@@ -67,6 +67,7 @@ def empty_state(
     *,
     speculation: Speculation | None = None,
     draft: ModelConfig | None = None,
+    layers: range | None = None,
 ) -> State:
     """What one device keeps between steps, before the first.
 
@@ -78,6 +79,7 @@ def empty_state(
       platform: of the devices.
       speculation: where drafts come from, or None.
       draft: of the draft model, if they come from one.
+      layers: those of a stage of a pipeline; None for all.
     """
     pages = functools.partial(
         init_cache,
@@ -95,7 +97,7 @@ def empty_state(
         else:
             memory = Memory(cache=pages(draft, [count] * len(draft.window_kinds)))
     last = jnp.zeros(sizes.max_slots, jnp.int32)
-    return State(cache=pages(config, sizes.num_pages), last_tokens=last, memory=memory)
+    return State(cache=pages(config, sizes.num_pages, layers=layers), last_tokens=last, memory=memory)
 
 
 def empty_counts(

@@ -21,7 +21,7 @@ from jaxopt_llm.engine.inputs import Shape, Widths
 from jaxopt_llm.engine.plan import Metrics, Plan, Request
 from jaxopt_llm.engine.program import Inputs, Out
 from jaxopt_llm.engine.runner import Runner
-from jaxopt_llm.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerConfig
+from jaxopt_llm.engine.scheduler import Scheduler, SchedulerConfig
 
 
 class _Dispatch(NamedTuple):
@@ -131,7 +131,7 @@ class Loop:
                 self._in_flight.append(self._dispatch(plans))
             elif not self._in_flight:
                 raise RuntimeError("nothing can be planned for requests that have not ended")
-        if not any(plans) or len(self._in_flight) == MAX_IN_FLIGHT:
+        if not any(plans) or len(self._in_flight) == self.sizes.in_flight:
             self._read()
 
     def warm_up(self, shape: Shape) -> None:
@@ -171,7 +171,7 @@ class Loop:
 
     def _plans(self) -> list[Plan | None]:
         """Of each data shard; all take part in one dispatch, so none decodes for more steps than another can."""
-        if len(self._in_flight) == MAX_IN_FLIGHT:
+        if len(self._in_flight) == self.sizes.in_flight:
             return [None] * len(self._schedulers)
         steps = min(scheduler.steps for scheduler in self._schedulers)
         return [scheduler.schedule(steps) for scheduler in self._schedulers]

@@ -21,11 +21,9 @@ def of_rows(values: Array, inputs: Inputs) -> Array:
     return values.at[inputs.slots].get(mode="fill", fill_value=0)
 
 
-def forward(
-    model: Transformer, draft: Transformer | None, state: State, inputs: Inputs, spec: Speculation | None
-) -> tuple[Float[Array, "T D"], State]:
-    """Hidden states after the final norm; what is fed goes into the caches of the model and its draft."""
-    batch = Batch(
+def batch_of(inputs: Inputs) -> Batch:
+    """What the model reads of a step."""
+    return Batch(
         tokens=inputs.tokens,
         positions=inputs.positions,
         slots=inputs.rows,
@@ -34,7 +32,25 @@ def forward(
         num_slots=inputs.num_rows,
         page_table=inputs.page_table,
     )
-    hidden, cache = model.forward(batch, state.cache)
+
+
+def forward(
+    model: Transformer,
+    draft: Transformer | None,
+    state: State,
+    inputs: Inputs,
+    spec: Speculation | None,
+    before: Float[Array, "T D"] | None = None,
+) -> tuple[Float[Array, "T D"], State]:
+    """Hidden states after the final norm; what is fed goes into the caches of the model and its draft.
+
+    `before` are those that the stage before gives, where the model is the last stage of a pipeline.
+    """
+    batch = batch_of(inputs)
+    hidden, cache = model.through(
+        model.embedded(batch.tokens) if before is None else before, batch, state.cache
+    )
+    hidden = model.normed(hidden)
     memory = state.memory
     if spec is not None and memory is not None:
         memory = speculative.remember(spec, memory, batch)
@@ -58,9 +74,9 @@ def _count(state: State, inputs: Inputs) -> State:
     return dataclasses.replace(state, seen=seen, counts=counts)
 
 
-def latest(state: State, inputs: Inputs) -> Inputs:
+def latest(last_tokens: Int32[Array, "R"], inputs: Inputs) -> Inputs:
     """The inputs with the latest token of its slot in place of each -1."""
-    last = of_rows(state.last_tokens, inputs)[inputs.rows]
+    last = of_rows(last_tokens, inputs)[inputs.rows]
     return dataclasses.replace(inputs, tokens=jnp.where(inputs.tokens < 0, last, inputs.tokens))
 
 

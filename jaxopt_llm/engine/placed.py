@@ -1,21 +1,22 @@
 """A model's weights as a step takes them: packed for the kernels, on one device or on a mesh."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
-from jaxopt_llm.engine.layout import packing
+from jaxopt_llm.engine.layout import on_each, packing
 from jaxopt_llm.engine.skeleton import Skeleton
 from jaxopt_llm.models import Transformer, mesh_of
 
 
 class Placed:
-    """The weights of one model.
+    """The weights of one model, or of one stage of a pipeline.
 
     Args:
       model: on one device, or placed on a mesh of data and tensor axes.
@@ -23,37 +24,52 @@ class Placed:
 
     Attributes:
       skeleton, leaves: of the packed model.
+      mesh: that they lie on; None for one device.
+      platform: of the devices.
 
     Raises:
       ValueError: for a mesh that splits another axis.
     """
 
     def __init__(self, model: Transformer, *, consume: bool):
-        self._mesh = engine_mesh(model)
+        self.mesh, self.platform = engine_mesh(model), platform_of(model)
         self._form, leaves = Skeleton.split(model)
         self._forms = [_Form.of(leaf) for leaf in leaves]
         specs = [form.spec for form in self._forms]
-        self._packing = packing(self._form, specs, self._mesh, platform_of(model))
+        self._packing = packing(self._form, specs, self.mesh, self.platform)
         self.skeleton, self.leaves = self._pack(leaves)
         if consume:
             delete(leaves, self.leaves)
 
-    def update(self, model: Transformer) -> None:
-        """Exchanges the weights for others of the same form.
-
-        Raises:
-          ValueError: if the model has other parts, shapes or dtypes, or lies elsewhere.
-        """
+    def suits(self, model: Transformer) -> bool:
+        """Whether a model has the same parts, shapes and dtypes, and lies where this one does."""
         form, leaves = Skeleton.split(model)
-        if form != self._form or [_Form.of(leaf) for leaf in leaves] != self._forms:
-            raise ValueError(
-                "the model has other parts, shapes, dtypes or devices than the engine was made for"
-            )
-        _, self.leaves = self._pack(leaves)
+        return form == self._form and [_Form.of(leaf) for leaf in leaves] == self._forms
+
+    def update(self, model: Transformer) -> None:
+        """Exchanges the weights for those of a model that suits."""
+        _, self.leaves = self._pack(Skeleton.split(model)[1])
+
+    def hold(self, make: Callable[[], Any]) -> Any:
+        """What a function makes, on each device where the weights are."""
+        if self.mesh is not None:
+            return jax.jit(on_each(self.mesh, make))()
+        # Committed, as what a step gives may be: else its second call would compile once more.
+        return jax.device_put(make(), *self.leaves[0].devices())
+
+    def stack(self, batches: Sequence[Any]) -> Any:
+        """What the host has for each data shard, as a step takes it."""
+        return batches[0] if self.mesh is None else jax.tree.map(lambda *a: np.stack(a), *batches)
+
+    def where(self, spec: PartitionSpec) -> Sharding:
+        """What an array split like this lies like beside the weights."""
+        if self.mesh is None:
+            return SingleDeviceSharding(*self.leaves[0].devices())
+        return NamedSharding(self.mesh, spec)
 
     def _pack(self, leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:
         skeleton, parts = self._packing(leaves)
-        if self._mesh is None:
+        if self.mesh is None:
             # Committed, whoever made them: weights that are and weights that are not would each have their programs.
             parts = jax.device_put(parts, *leaves[0].devices())
         return skeleton, parts

@@ -2,39 +2,41 @@
 
 On a mesh the whole step is the body of one `shard_map`: kernels see local arrays, and the model asks for each sum over
 the tensor axis itself. Data shards each have slots and pages of their own, and inputs with one more leading dimension.
+Where the model lies in stages of a pipeline, what follows is the last stage's, and `pipeline.Front` has the others.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array
 
 from jaxopt_llm.engine.config import EngineConfig
 from jaxopt_llm.engine.drafting import levels
 from jaxopt_llm.engine.layout import empty_counts, empty_state, on_each
+from jaxopt_llm.engine.pipeline import Front, layers_of
 from jaxopt_llm.engine.placed import Placed, engine_mesh, platform_of
 from jaxopt_llm.engine.program import Inputs, Out, Processor, Program
 from jaxopt_llm.engine.speculative import Speculation
 from jaxopt_llm.engine.step import step
-from jaxopt_llm.models import ModelConfig, Transformer
+from jaxopt_llm.models import ModelConfig, Transformer, stages
 
 
 class Runner:
     """Runs steps.
 
     Args:
-      model: on one device, or placed on a mesh of data and tensor axes.
+      model: on one device, or placed on a mesh of data, stage and tensor axes.
       config: of the engine.
       processors: as `Program` has them.
       draft: a smaller model to draft with, placed as the model is; or None.
       consume: delete the models' arrays once they are packed.
 
     Raises:
-      ValueError: for a mesh that splits another axis, or a draft model that does not suit the model.
+      ValueError: for a mesh that splits another axis, a draft model that does not suit the model, or drafts across
+        stages.
     """
 
     def __init__(
@@ -46,8 +48,15 @@ class Runner:
         draft: Transformer | None = None,
         consume: bool = False,
     ):
-        self._model_config, self._sizes = model.config, config.scheduler(model.config)
-        self._mesh = engine_mesh(model)
+        *front, last = stages(model)
+        self._layers = [layers_of(part) for part in (*front, last)]
+        self._model_config, self._sizes = model.config, config.scheduler(model.config, stages=len(front) + 1)
+        self._mesh = engine_mesh(last)
+        if front and (draft or config.prompt_lookup):
+            raise ValueError(
+                f"drafts are not made across the {len(front) + 1} stages of a pipeline; drop the draft model or "
+                "prompt_lookup, or take a mesh without `stage`"
+            )
         speculation = _speculation(model.config, config) if draft or config.prompt_lookup else None
         if draft is not None and speculation is not None:
             _check_draft(draft.config, model.config, speculation)
@@ -58,11 +67,12 @@ class Runner:
         dtype = config.kv_dtype(model.dtype)
         state = functools.partial(
             empty_state,
-            model.config, self._sizes, dtype, self._mesh, platform_of(model),
-            speculation=speculation, draft=draft.config if draft else None,
+            model.config, self._sizes, dtype, self._mesh, platform_of(last),
+            speculation=speculation, draft=draft.config if draft else None, layers=layers_of(last),
         )  # fmt: skip
         jax.eval_shape(on_each(self._mesh, state))  # what cannot be raises here, while the models are whole
-        self._weights = Placed(model, consume=consume)
+        self._weights = Placed(last, consume=consume)
+        self._front = Front(front, config, self._weights, consume=consume) if front else None
         self._draft_leaves: tuple[Array, ...] = ()
         if draft is not None and speculation is not None:
             placed = Placed(draft, consume=consume)
@@ -76,7 +86,7 @@ class Runner:
             speculation=speculation,
             mesh=self._mesh,
         )
-        self._state = self._on_device(state)
+        self._state = self._weights.hold(state)
         self._counts: tuple[Any, Any] = (None, None)  # seen and counts, which only full programs take
 
     @property
@@ -87,8 +97,9 @@ class Runner:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that the pages of all layers take for a token, over all tensor shards: scales and padding too."""
-        kinds = [self._model_config.kind(layer) for layer in range(self._model_config.num_layers)]
-        caches = [(self._state.cache, kinds)]
+        parts = [*(self._front.caches if self._front else ()), self._state.cache]
+        kinds = [[self._model_config.kind(layer) for layer in layers] for layers in self._layers]
+        caches = list(zip(parts, kinds, strict=True))
         spec, memory = self._program.speculation, self._state.memory
         if spec and memory and memory.cache:
             caches.append((memory.cache, [spec.kind] * len(memory.cache)))
@@ -115,8 +126,11 @@ class Runner:
         if full:
             seen, counts = self._no_counts() if self._counts[0] is None else self._counts
             state = dataclasses.replace(state, seen=seen, counts=counts)
-        batch = batches[0] if self._mesh is None else jax.tree.map(lambda *a: np.stack(a), *batches)
-        out, state = step((self._weights.leaves, self._draft_leaves), state, batch, program=program)
+        before = self._front.run(batches) if self._front else None
+        batch = self._weights.stack(batches)
+        out, state = step((self._weights.leaves, self._draft_leaves), state, batch, before, program=program)
+        if self._front:
+            self._front.take(batches, state.last_tokens)
         if full:
             self._counts = state.seen, state.counts
         self._state = dataclasses.replace(state, seen=None, counts=None)
@@ -131,18 +145,23 @@ class Runner:
         return [jax.tree.map(lambda a, i=i: a[i], fetched) for i in range(self.shards)]
 
     def update(self, model: Transformer) -> None:
-        """As `Placed.update`."""
-        self._weights.update(model)
+        """Exchanges the weights for others of the same form.
+
+        Raises:
+          ValueError: if the model has other parts, shapes or dtypes, or lies elsewhere.
+        """
+        parts, own = stages(model), [*(self._front.weights if self._front else ()), self._weights]
+        if len(parts) != len(own) or not all(
+            placed.suits(part) for placed, part in zip(own, parts, strict=True)
+        ):
+            raise ValueError(
+                "the model has other parts, shapes, dtypes or devices than the engine was made for"
+            )
+        for placed, part in zip(own, parts, strict=True):
+            placed.update(part)
 
     def _no_counts(self) -> tuple[Array, Array]:
-        return self._on_device(functools.partial(empty_counts, self._model_config, self._sizes))
-
-    def _on_device(self, make: Callable[[], Any]) -> Any:
-        """What a function makes, on each device where its parameters are."""
-        if self._mesh is not None:
-            return jax.jit(on_each(self._mesh, make))()
-        # Committed, as what a step gives may be: else its second call would compile once more.
-        return jax.device_put(make(), *self._weights.leaves[0].devices())
+        return self._weights.hold(functools.partial(empty_counts, self._model_config, self._sizes))
 
 
 def _speculation(model: ModelConfig, config: EngineConfig) -> Speculation:

@@ -29,7 +29,6 @@ from jaxtyping import Int32
 from jaxopt_llm.engine.pages import PageTables, extend_chain
 from jaxopt_llm.engine.plan import Metrics, Piece, Plan, Request, Status
 
-MAX_IN_FLIGHT = 2  # one that runs, one that follows it at once
 _ORDER = attrgetter("order")
 
 
@@ -45,6 +44,7 @@ class SchedulerConfig:
       max_tokens_per_step: tokens fed in one step at most; longer prompts go in chunks.
       max_seq_len: most tokens of a sequence, prompt and output.
       decode_steps: steps a dispatch when every request decodes and none waits.
+      stages: of a pipeline; a dispatch then takes one step, of a share of the requests that decode.
     """
 
     max_slots: int
@@ -54,9 +54,10 @@ class SchedulerConfig:
     max_tokens_per_step: int
     max_seq_len: int
     decode_steps: int = 1
+    stages: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_slots", "page_size", "max_seq_len", "decode_steps"):
+        for name in ("max_slots", "page_size", "max_seq_len", "decode_steps", "stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.windows or len(self.num_pages) != len(self.windows):
@@ -68,6 +69,16 @@ class SchedulerConfig:
                 f"max_tokens_per_step={self.max_tokens_per_step} must be at least max_slots={self.max_slots}, "
                 "so that every slot can decode in every step"
             )
+        if self.stages > 1 and self.decode_steps > 1:
+            raise ValueError(
+                f"decode_steps={self.decode_steps} must be 1 with stages={self.stages}: a stage has its next tokens "
+                "from the last one"
+            )
+
+    @property
+    def in_flight(self) -> int:
+        """Plans in flight at most: one that each stage runs, and one that follows at once."""
+        return self.stages + 1
 
 
 class Scheduler:
@@ -203,10 +214,10 @@ class Scheduler:
           steps: at most `self.steps`, the default; fewer where another data shard shares the dispatch.
 
         Raises:
-          ValueError: with `MAX_IN_FLIGHT` plans in flight.
+          ValueError: with `SchedulerConfig.in_flight` plans in flight.
         """
-        if len(self._in_flight) == MAX_IN_FLIGHT:
-            raise ValueError(f"{MAX_IN_FLIGHT} plans are in flight; complete one first")
+        if len(self._in_flight) == self.config.in_flight:
+            raise ValueError(f"{self.config.in_flight} plans are in flight; complete one first")
         steps = self.steps if steps is None else steps
         pieces = self._decodes(steps)
         prefills = self._prefills(self.config.max_tokens_per_step - sum(piece.length for piece in pieces))
@@ -252,11 +263,27 @@ class Scheduler:
             request for request in self._running if request.decoding and request.left and not request.held
         ]
         pieces: list[Piece] = []
-        for request in ready:
+        for request in self._turn(ready):
             room = self._room(request, request.computed + min(steps, request.left))
             if room:
                 pieces.append(self._piece(request, 1, room))
         return pieces
+
+    def _turn(self, ready: list[Request]) -> list[Request]:
+        """A pipeline's micro-batch: as many of those that decode as keep every stage busy with some.
+
+        Their latest tokens must have left the last stage by the time the first one starts. So nobody takes part who
+        does in one of the plans that the other stages are at; of the rest those go first who have waited longest.
+        """
+        stages = self.config.stages
+        if stages == 1:
+            return ready
+        latest = {piece.request: i for i, plan in enumerate(self._in_flight) for piece in plan.pieces}
+        begun = max(0, len(self._in_flight) - stages + 1)
+        free = [request for request in ready if latest.get(request, -1) < begun]
+        share = min(-(-len(ready) // stages), -(-len(free) // (stages - len(self._in_flight) + begun)))
+        first = set(sorted(free, key=lambda request: latest.get(request, -1))[:share])
+        return [request for request in free if request in first]
 
     def _prefills(self, budget: int) -> list[Piece]:
         begun = [request for request in self._running if not request.decoding]

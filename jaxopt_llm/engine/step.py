@@ -19,38 +19,49 @@ _ROWS_OF_LOGITS = 64  # scored at once, so that no [T, V] ever exists
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
-def step(leaves: Leaves, state: State, inputs: Inputs, *, program: Program) -> tuple[Out, State]:
+def step(
+    leaves: Leaves,
+    state: State,
+    inputs: Inputs,
+    before: Float[Array, "*shards T D"] | None = None,
+    *,
+    program: Program,
+) -> tuple[Out, State]:
     """One dispatch. With `program.steps` above 1 every row decodes, until it has `limit` tokens.
 
     Args:
       leaves: parameters, of the model and of the draft model if there is one.
       state: donated.
       inputs: what the host decides; on a mesh with a leading dimension, the data shard.
+      before: hidden states, for the last stage of a pipeline.
       program: static.
     """
     if program.mesh is None:
-        return _step(leaves, state, inputs, program)
+        return _step(leaves, state, inputs, before, program)
 
-    def body(leaves: Leaves, state: State, inputs: Inputs) -> tuple[Out, State]:
-        out, state = _step(leaves, state, jax.tree.map(lambda a: a[0], inputs), program)
+    def body(leaves: Leaves, state: State, inputs: Inputs, before: Array | None) -> tuple[Out, State]:
+        inputs, before = jax.tree.map(lambda a: a[0], (inputs, before))
+        out, state = _step(leaves, state, inputs, before, program)
         return jax.tree.map(lambda a: a[None], out), state
 
     return jax.shard_map(
         body,
         mesh=program.mesh,
-        in_specs=(PACKED, HELD, P("data")),
+        in_specs=(PACKED, HELD, P("data"), P("data")),
         out_specs=(P("data"), HELD),
         check_vma=False,  # every tensor shard samples the same, which JAX cannot know
-    )(leaves, state, inputs)
+    )(leaves, state, inputs, before)
 
 
-def _step(leaves: Leaves, state: State, inputs: Inputs, program: Program) -> tuple[Out, State]:
+def _step(
+    leaves: Leaves, state: State, inputs: Inputs, before: Float[Array, "T D"] | None, program: Program
+) -> tuple[Out, State]:
     model, spec = program.skeleton.fill(leaves[0]), program.speculation
     draft = spec.draft.fill(leaves[1]) if spec and spec.draft else None
-    inputs = latest(state, inputs)
+    inputs = latest(state.last_tokens, inputs)
     if program.steps > 1:
         return decode(model, draft, state, inputs, program)
-    hidden, state = forward(model, draft, state, inputs, spec)
+    hidden, state = forward(model, draft, state, inputs, spec, before)
     last = jnp.maximum(inputs.query_start[1:] - 1, 0)
     sampled = choose(
         model.logits(hidden[last]), inputs.tokens[last], inputs.positions[last],

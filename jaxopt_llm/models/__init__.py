@@ -23,6 +23,7 @@ from jaxopt_llm.models.params import (
     with_weights,
     without_layers,
 )
+from jaxopt_llm.models.stages import stage_layers, stages
 from jaxopt_llm.models.transformer import Transformer
 
 __all__ = [
@@ -53,6 +54,8 @@ __all__ = [
     "quantizable",
     "shardings",
     "specs",
+    "stage_layers",
+    "stages",
     "weights",
     "widest_mesh",
     "with_weights",

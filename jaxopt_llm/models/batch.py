@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 import jax
@@ -90,8 +90,9 @@ def init_cache(
     kernel: bool = False,
     shards: int = 1,
     platform: str | None = None,
+    layers: Iterable[int] | None = None,
 ) -> Cache:
-    """Empty pages for every layer.
+    """Empty pages for every layer, or for some.
 
     Args:
       config: of the model.
@@ -100,8 +101,9 @@ def init_cache(
       dtype: of keys and values.
       kernel, platform: as `kernels.init_pages` has them.
       shards: of the tensor axis; the pages are those of one.
+      layers: which; None for all.
     """
-    counts = [num_pages[config.kind(layer)] for layer in range(config.num_layers)]
+    counts = [num_pages[config.kind(layer)] for layer in layers or range(config.num_layers)]
     width = (config.kv_heads_of_shard(shards), config.head_dim)
     make = functools.partial(
         kernels.init_pages, kernel=kernel, sinks=config.attention_sinks, platform=platform

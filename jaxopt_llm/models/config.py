@@ -241,6 +241,7 @@ class ModelConfig:
     def units(self) -> dict[str, int]:
         """How many whole units each logical axis has: what a mesh axis must divide."""
         units = {
+            "layers": self.num_layers,
             "embed": self.d_model,
             "heads": self.num_heads,
             "kv_heads": self.num_kv_heads,

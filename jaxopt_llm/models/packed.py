@@ -27,9 +27,13 @@ def mesh_of(model: Transformer) -> Mesh | None:
     """The mesh that a model lies on; None for one device.
 
     Raises:
-      ValueError: if it lies on several devices that are no mesh.
+      ValueError: if it lies on several devices that are no mesh, or in the stages of a pipeline.
     """
     placed = [leaf.sharding for leaf in jax.tree.leaves(nnx.state(model))]  # which may be shapes
+    if len({frozenset(where.device_set) for where in placed}) > 1:
+        raise ValueError(
+            "the model lies in stages of a pipeline, which the engine alone runs; load it with a mesh without `stage`"
+        )
     if all(len(where.device_set) == 1 for where in placed):
         return None
     if not all(isinstance(where, NamedSharding) for where in placed):
@@ -63,8 +67,9 @@ def packed(model: Transformer, platform: str | None = None, fuse: frozenset[str]
     for _, part in nnx.iter_modules(model):
         if isinstance(part, Norm):
             part.kernel = True
-    top = model.embed if model.config.tied else model.head
-    top.weight = nnx.Param(pack([top.weight.get_value()]))
+    if hasattr(model, "final_norm"):  # what no stage of a pipeline has but the last
+        top = model.embed if model.config.tied else model.head
+        top.weight = nnx.Param(pack([top.weight.get_value()]))
     return model
 
 

@@ -144,11 +144,12 @@ def apply(graph: nnx.GraphDef, params: Any, tokens: Int[Array | np.ndarray, "B T
 
 
 def shardings(spec: ParamSpec, weight: Any, sharding: Sharding, name: str) -> Any:
-    """A `NamedSharding` for each leaf of a weight, or of the shapes of one.
+    """A `NamedSharding` for each leaf of a weight, or of the shapes of one, on the devices of its stage.
 
     Raises:
       ValueError: if an axis does not divide, or a group of a quantized weight would straddle two shards.
     """
+    sharding = sharding.of_stage(_stage_of(name, sharding))
     whole = sharding.named(spec.axes, name)
     if not isinstance(weight, QArray):
         return whole
@@ -162,6 +163,14 @@ def shardings(spec: ParamSpec, weight: Any, sharding: Sharding, name: str) -> An
     return dataclasses.replace(
         weight, data=whole, scale=per_group, bias=None if weight.bias is None else per_group
     )
+
+
+def _stage_of(name: str, sharding: Sharding) -> int:
+    """The stage that a parameter lies in: the embedding in the first one, final norm and head in the last."""
+    part, _, rest = name.partition(".")
+    if part == "layers":
+        return sharding.stage_of(int(rest.partition(".")[0]))
+    return 0 if part == "embed" else sharding.stages - 1
 
 
 def place(model: Transformer, sharding: Sharding) -> Transformer:
@@ -214,9 +223,9 @@ def num_zeros(model: Transformer) -> int:
     return sum(value.size - int(jnp.count_nonzero(value)) for value in floats)
 
 
-def num_bytes(model: Transformer) -> int:
-    """Bytes that the parameters occupy, scales included."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+def num_bytes(model: nnx.Module) -> int:
+    """Bytes that the parameters of a model, or of a part of one, occupy: scales included."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def bits_per_parameter(model: Transformer) -> float:

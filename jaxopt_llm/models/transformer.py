@@ -196,6 +196,9 @@ class Transformer(nnx.Module):
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.embed = Embedding(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(Layer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers))
+        self.first_layer = (
+            0  # which of the config's the first one here is: more in a later stage of a pipeline
+        )
         self.final_norm = Norm(
             config.d_model, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, rngs=rngs
         )
@@ -216,26 +219,44 @@ class Transformer(nnx.Module):
     def forward(self, batch: Batch, cache: Cache) -> tuple[Float[Array, "T D"], Cache]: ...
     def forward(self, batch: Batch, cache: Cache | None) -> tuple[Float[Array, "T D"], Cache | None]:
         """Hidden states after the final norm, and the cache with this batch's keys and values in it."""
-        ropes = [self.config.layer_rope(i) for i in range(self.config.num_layers)]
-        with jax.named_scope("embed"):
-            x = self.embedded(batch.tokens)
-            turn = lambda rope: rotation(rope, self.config.head_dim, batch.positions)
-            turns = {rope: turn(rope) for rope in dict.fromkeys(ropes)}
-        pages = []
-        for i, layer in enumerate(self.layers):
-            with jax.named_scope(f"layers.{i}"):
-                x, written = layer(x, turns[ropes[i]], batch, None if cache is None else cache[i])
-            pages.append(written)
-        with jax.named_scope("head"):
-            hidden = self.final_norm(x)
-        return hidden, None if cache is None else tuple(pages)
+        hidden, cache = self.through(self.embedded(batch.tokens), batch, cache)
+        return self.normed(hidden), cache
 
+    @jax.named_scope("embed")
     def embedded(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """Hidden states before the first layer."""
         x = self.embed(tokens, self.dtype)
         return (
             x * jnp.asarray(math.sqrt(self.config.d_model), self.dtype) if self.config.scale_embedding else x
         )
+
+    @overload
+    def through(
+        self, hidden: Float[Array, "T D"], batch: Batch, cache: None
+    ) -> tuple[Float[Array, "T D"], None]: ...
+    @overload
+    def through(
+        self, hidden: Float[Array, "T D"], batch: Batch, cache: Cache
+    ) -> tuple[Float[Array, "T D"], Cache]: ...
+    def through(
+        self, hidden: Float[Array, "T D"], batch: Batch, cache: Cache | None
+    ) -> tuple[Float[Array, "T D"], Cache | None]:
+        """Hidden states after the last layer here, of those before the first; the cache is that of these layers."""
+        ropes = [self.config.layer_rope(self.first_layer + i) for i in range(len(self.layers))]
+        with jax.named_scope("embed"):
+            turn = lambda rope: rotation(rope, self.config.head_dim, batch.positions)
+            turns = {rope: turn(rope) for rope in dict.fromkeys(ropes)}
+        pages = []
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layers.{self.first_layer + i}"):
+                hidden, written = layer(hidden, turns[ropes[i]], batch, None if cache is None else cache[i])
+            pages.append(written)
+        return hidden, None if cache is None else tuple(pages)
+
+    @jax.named_scope("head")
+    def normed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Hidden states after the final norm, of those after the last layer."""
+        return self.final_norm(hidden)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores of the next token, float32."""

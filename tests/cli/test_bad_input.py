@@ -219,7 +219,11 @@ def test_a_pickle_by_its_name(unloadable, tmp_path, name):
         ("--dtype=int4", "dtype='int4' must be native, float32"),
         ("--quantize=int5", "unknown quantization 'int5'; known are int8, int8_block"),
         ("--mesh=tensor=7", "does not divide heads=8"),
-        ("--mesh=stage=2", "mesh stage=2 would split nothing: pipeline stages are not built yet"),
+        ("--mesh=stage=8", "mesh stage=8 has more stages than the model layers (5); take fewer"),
+        (
+            "--mesh=stage=2+2",
+            "mesh stage=2+2 must be 2 numbers of at least 1 that add up to the model's 5 layers",
+        ),
         ("--mesh=expert=2", "mesh expert=2 would split nothing: the model has no experts"),
         ("--mesh=tensor", "mesh axis 'tensor' needs a size, as in tensor=2"),
         ("--tempurature=1", "generate has no flag --tempurature (did you mean --temperature?)"),
@@ -231,20 +235,13 @@ def test_flags_of_generate(refused, data_dir, flag, message):
     assert message in refused("generate", model, "--prompt=x", flag)
 
 
-def test_no_command_takes_a_data_axis(refused, data_dir, tmp_path):
+@pytest.mark.parametrize("axis", ["data", "stage"])
+def test_axes_that_the_engine_alone_runs(refused, data_dir, tmp_path, axis):
     """Before the model is loaded."""
     text = f"--text={data_dir / 'wikitext.txt'}"
-    for command in (
-        ["generate", "--prompt=x"],
-        ["chat"],
-        ["eval", text],
-        ["optimize", "--config=int8", f"--out={tmp_path / 'out'}"],
-    ):
-        line = refused(*command, f"--model={data_dir / 'stories260K.gguf'}", "--mesh=data=2,tensor=4")
-        assert (
-            line
-            == "--mesh=data=2,tensor=4: this command does not split batches over data yet; leave data at 1"
-        )
+    for command in (["eval", text], ["optimize", "--config=int8", f"--out={tmp_path / 'out'}"]):
+        line = refused(*command, f"--model={data_dir / 'stories260K.gguf'}", f"--mesh={axis}=2,tensor=4")
+        assert line == f"--mesh={axis}=2,tensor=4: this command runs no {axis} axis; leave {axis} at 1"
 
 
 def test_a_prompt_longer_than_the_context(refused, data_dir):

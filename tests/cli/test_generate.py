@@ -90,7 +90,9 @@ def test_every_sampling_setting_has_a_flag():
     assert names | {"logprobs", "logit_bias", "ignore_eos"} == settings
 
 
-@pytest.mark.parametrize("options", [["--dtype=native"], ["--quantize=int8", "--mesh=tensor=4"]])
+@pytest.mark.parametrize(
+    "options", [["--dtype=native"], ["--quantize=int8", "--mesh=tensor=4"], ["--mesh=stage=3+2,tensor=2"]]
+)
 def test_the_same_tokens_however_it_is_loaded(generate, expected, options):
     assert answer(generate("--json", *options))["token_ids"][:16] == expected.token_ids[:16]
 

@@ -26,14 +26,14 @@ TIE, ROUNDED_TIE = (
 
 
 @functools.cache
-def tiny(name: str, **changes: Any) -> Transformer:
+def tiny(name: str, num_layers: int = 2, **changes: Any) -> Transformer:
     """A family's model with random weights at a scale that lets every one matter, two layers, of each kind one."""
     config = parse_config(families.TINY[name])
     first = {config.windows[i]: i for i in reversed(range(config.num_layers))}
-    layers = (sorted(first.values()) * 2)[:2]
-    experts = config.experts and dataclasses.replace(config.experts, layers=(True, True))
+    layers = (sorted(first.values()) * num_layers)[:num_layers]
+    experts = config.experts and dataclasses.replace(config.experts, layers=(True,) * num_layers)
     changes = {"experts": experts, "windows": tuple(config.windows[i] for i in layers)} | changes
-    config = dataclasses.replace(config, num_layers=2, **changes)
+    config = dataclasses.replace(config, num_layers=num_layers, **changes)
     model = Transformer(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
     values = {}

@@ -225,6 +225,10 @@ class Loop:
             assert not piece.decodes or piece.length == 1
             assert not (piece.decodes and piece.request.stepwise) or piece.request.in_flight == 1
             assert piece.start + max(piece.length, piece.limit) <= piece.request.target
+            if piece.decodes:
+                recent = [*self.in_flight][max(0, len(self.in_flight) - config.stages + 1) :]
+                others = {its.request for other in recent for its in other.plan.pieces}
+                assert piece.request not in others, "its token is on the way"
             self._check_writes(plan, piece)
 
     def _check_writes(self, plan: Plan, piece: Piece) -> None:

@@ -268,3 +268,33 @@ def test_metrics():
     loop.drain()
     metrics = loop.scheduler.metrics
     assert (metrics.pages_used, metrics.pages_cached, metrics.pages_free) == ((0,), (6,), (2,))
+
+
+@pytest.mark.parametrize(("requests", "shares"), [(6, [2, 2, 2]), (7, [3, 2, 2]), (2, [1, 1]), (1, [1])])
+def test_stages_of_a_pipeline_have_equal_shares_of_what_decodes(requests, shares):
+    loop = Loop(max_slots=8, stages=3)
+    for i in range(requests):
+        loop.add(prompt_of(4, i), 30)
+    loop.step()
+    for _ in range(3):  # rounds: everybody once, and nobody before the third plan after its last
+        plans = [plan for plan in (loop.schedule() for _ in range(3)) if plan]
+        assert sorted([len(plan.pieces) for plan in plans], reverse=True) == shares
+        assert len({piece.request for plan in plans for piece in plan.pieces}) == requests
+        while loop.in_flight:
+            loop.complete()
+
+
+def test_a_pipeline_is_kept_full_and_chunks_of_one_prompt_follow_each_other():
+    loop = Loop(max_tokens_per_step=8, stages=2)
+    loop.add(prompt_of(24, 0), 4)
+    assert [loop.schedule().pieces[0].length for _ in range(3)] == [8, 8, 8]
+    with pytest.raises(ValueError, match="3 plans are in flight; complete one first"):
+        loop.schedule()
+    loop.complete()
+    assert loop.schedule() is None, "its token has not left the last stage"
+    assert loop.drain(ahead=3) == 3
+
+
+def test_a_pipeline_takes_one_step_at_a_time():
+    with pytest.raises(ValueError, match="decode_steps=4 must be 1 with stages=2"):
+        Loop(stages=2, decode_steps=4)

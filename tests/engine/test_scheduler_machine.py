@@ -37,10 +37,10 @@ SIZES = st.fixed_dictionaries(
         "max_slots": st.integers(1, 5),
         "page_size": st.integers(1, 4),
         "max_tokens_per_step": st.sampled_from([5, 9, 40]),
-        "decode_steps": st.sampled_from([1, 3, 4]),
         "max_seq_len": st.just(30),
     }
 )
+PACES = st.sampled_from([{"decode_steps": n} for n in (1, 3, 4)] + [{"stages": n} for n in (2, 3)])
 WINDOWS = st.sampled_from([(None,), (None, 5), (3,), (None, 1, 8)])
 REQUESTS = st.fixed_dictionaries(
     {
@@ -59,8 +59,15 @@ REQUESTS = st.fixed_dictionaries(
 class SchedulerMachine(RuleBasedStateMachine):
     """Everything at any time, over pools that are nearly too small; at the end each has exactly its own tokens."""
 
-    @initialize(sizes=SIZES, windows=WINDOWS, spare=st.integers(0, 6), first=st.lists(REQUESTS, max_size=6))
-    def start(self, sizes, windows, spare, first):
+    @initialize(
+        sizes=SIZES,
+        pace=PACES,
+        windows=WINDOWS,
+        spare=st.integers(0, 6),
+        first=st.lists(REQUESTS, max_size=6),
+    )
+    def start(self, sizes, pace, windows, spare, first):
+        sizes |= pace
         config = SchedulerConfig(num_pages=(30,) * len(windows), windows=windows, **sizes)
         peaks = Scheduler(config)._tables.peak(28)
         self.loop = Loop(num_pages=tuple(peak + spare for peak in peaks), windows=windows, **sizes)
@@ -76,7 +83,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix = prompt_of(10, chosen.pop("base"))[: chosen.pop("shared")]
             self.loop.add(prefix + chosen.pop("own"), chosen.pop("max_tokens"), **chosen)
 
-    @precondition(lambda self: len(self.loop.in_flight) < 2)
+    @precondition(lambda self: len(self.loop.in_flight) < self.loop.config.in_flight)
     @rule()
     def schedule(self):
         self.loop.schedule()
@@ -92,10 +99,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.loop.complete()
 
     @precondition(lambda self: not self.loop.scheduler.idle)
-    @rule(count=st.integers(1, 8), ahead=st.integers(1, 2))
+    @rule(count=st.integers(1, 8), ahead=st.integers(1, 4))
     def go_on(self, count, ahead):
         for _ in range(count):
-            while len(self.loop.in_flight) < ahead and self.loop.schedule():
+            while len(self.loop.in_flight) < min(ahead, self.loop.config.in_flight) and self.loop.schedule():
                 self.loop.check()
             if self.loop.in_flight:
                 self.loop.complete()

@@ -1,0 +1,156 @@
+"""The stages of a pipeline before the last: tokens in, hidden states out, each on devices of its own.
+
+What a pipeline buys is memory, not latency: a token still passes every layer one after another. Nothing here waits, so
+that a stage is at one micro-batch while the next stage is at the one before; the scheduler forms them.
+"""
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
+
+from jaxopt_llm.engine.config import EngineConfig
+from jaxopt_llm.engine.layout import empty_state
+from jaxopt_llm.engine.passes import batch_of, latest
+from jaxopt_llm.engine.placed import Placed
+from jaxopt_llm.engine.program import HELD, PACKED, Inputs
+from jaxopt_llm.engine.skeleton import Skeleton
+from jaxopt_llm.models import Cache, Transformer
+
+
+class Front:
+    """All stages but the last.
+
+    Args:
+      parts: of the model, as `models.stages` has them.
+      config: of the engine.
+      last: the last stage's weights.
+      consume: as `Placed` has it.
+
+    Attributes:
+      weights: of each stage.
+      caches: pages of each stage's layers.
+    """
+
+    def __init__(self, parts: Sequence[Transformer], config: EngineConfig, last: Placed, *, consume: bool):
+        model = parts[0].config
+        sizes = config.scheduler(model, stages=len(parts) + 1)
+        self.weights = [Placed(part, consume=consume) for part in parts]
+        self._programs = [
+            _Stage(skeleton=placed.skeleton, mesh=placed.mesh, first=placed is self.weights[0])
+            for placed in self.weights
+        ]
+        states = [
+            placed.hold(
+                functools.partial(
+                    empty_state, model, sizes, config.kv_dtype(part.dtype), placed.mesh, placed.platform,
+                    layers=layers_of(part),
+                )
+            )
+            for placed, part in zip(self.weights, parts, strict=True)
+        ]  # fmt: skip
+        self.caches: list[Cache] = [state.cache for state in states]
+        self._targets = [placed.where(P("data")) for placed in [*self.weights[1:], last]]
+        self._dispatches = 0
+        # The latest tokens of all slots after each of the last dispatches, and which of them gave each slot its own.
+        self._tokens = deque([(0, states[0].last_tokens)], maxlen=sizes.in_flight)
+        shards = self.weights[0].mesh.shape["data"] if self.weights[0].mesh else 1
+        self._given_by = np.zeros(
+            (shards, sizes.max_slots + 1), np.int64
+        )  # one more slot, of rows that are padding
+
+    def run(self, batches: Sequence[Inputs]) -> Float[Array, "..."]:
+        """Hidden states for the last stage, where they lie there; not waited for.
+
+        Args:
+          batches: of each data shard, as `Runner.run` has them.
+        """
+        given = self._latest_tokens(batches)
+        batch = self.weights[0].stack([dataclasses.replace(inputs, extras=None) for inputs in batches])
+        for i, (placed, program, target) in enumerate(
+            zip(self.weights, self._programs, self._targets, strict=True)
+        ):
+            hidden, self.caches[i] = _advance(placed.leaves, self.caches[i], batch, given, stage=program)
+            given = jax.device_put(hidden, target)
+        return given
+
+    def take(self, batches: Sequence[Inputs], last_tokens: Int32[Array, "..."]) -> None:
+        """Takes in what the last stage has of a dispatch: the first stage's next tokens."""
+        self._dispatches += 1
+        for given_by, inputs in zip(self._given_by, batches, strict=True):
+            given_by[inputs.slots[inputs.limit > 0]] = self._dispatches
+        self._tokens.append((self._dispatches, jax.device_put(last_tokens, self.weights[0].where(HELD))))
+
+    def _latest_tokens(self, batches: Sequence[Inputs]) -> Int32[Array, "..."]:
+        """Of the dispatch that gave the last of the tokens that are fed here: to wait for a later one takes longer."""
+        given = [
+            given_by[inputs.slots[inputs.rows[inputs.tokens < 0]]]
+            for given_by, inputs in zip(self._given_by, batches, strict=True)
+        ]
+        number = max((int(numbers.max()) for numbers in given if numbers.size), default=0)
+        return next(tokens for dispatch, tokens in self._tokens if dispatch >= number)
+
+
+def layers_of(part: Transformer) -> range:
+    """Which of the model's layers a stage has."""
+    return range(part.first_layer, part.first_layer + len(part.layers))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """What a stage is compiled for, beside the shapes of its arguments.
+
+    Attributes:
+      skeleton: its part of the model.
+      mesh: of its devices, or None for one.
+      first: whether it takes tokens.
+    """
+
+    skeleton: Skeleton
+    mesh: Mesh | None
+    first: bool
+
+
+@functools.partial(jax.jit, static_argnames="stage", donate_argnames="cache")
+def _advance(
+    leaves: tuple[Array, ...], cache: Cache, inputs: Inputs, given: Array, *, stage: _Stage
+) -> tuple[Array, Cache]:
+    """The hidden states that a stage gives, on a mesh with a leading dimension, the data shard; and its cache.
+
+    Args:
+      leaves: parameters.
+      cache: donated.
+      inputs: what the host decides.
+      given: to the first stage the latest token of each slot, to another what the stage before it gave.
+      stage: static.
+    """
+    if stage.mesh is None:
+        return _through(leaves, cache, inputs, given, stage)
+
+    def body(leaves: Any, cache: Cache, inputs: Inputs, given: Array) -> tuple[Array, Cache]:
+        inputs = jax.tree.map(lambda a: a[0], inputs)
+        hidden, cache = _through(leaves, cache, inputs, given if stage.first else given[0], stage)
+        return hidden[None], cache
+
+    return jax.shard_map(
+        body,
+        mesh=stage.mesh,
+        in_specs=(PACKED, HELD, P("data"), HELD if stage.first else P("data")),
+        out_specs=(P("data"), HELD),
+        check_vma=False,  # every tensor shard has the same hidden states, which JAX cannot know
+    )(leaves, cache, inputs, given)
+
+
+def _through(
+    leaves: tuple[Array, ...], cache: Cache, inputs: Inputs, given: Array, stage: _Stage
+) -> tuple[Float[Array, "T D"], Cache]:
+    part = stage.skeleton.fill(leaves)
+    hidden = part.embedded(latest(given, inputs).tokens) if stage.first else given
+    return part.through(hidden, batch_of(inputs), cache)
