@@ -7,6 +7,7 @@ from jaxopt_llm.engine.prompt import Prompt, encode
 from jaxopt_llm.engine.request import Chunk, Result, Score, TokenLogprob
 from jaxopt_llm.engine.sampling import SamplingParams
 from jaxopt_llm.engine.stream import Stream
+from jaxopt_llm.engine.timeline import Span, Timeline
 
 __all__ = [
     "Chunk",
@@ -17,7 +18,9 @@ __all__ = [
     "Result",
     "SamplingParams",
     "Score",
+    "Span",
     "Stream",
+    "Timeline",
     "TokenLogprob",
     "encode",
     "generate",

@@ -4,8 +4,9 @@ Whoever waits for a result runs it: see `driver`. The host stays one dispatch ah
 it reads the last.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from jaxopt_llm.engine.request import Result, Score
 from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.sampling import SamplingParams
 from jaxopt_llm.engine.stream import Stream
+from jaxopt_llm.engine.timeline import Timeline, Watch
 from jaxopt_llm.models import Transformer, stages
 from jaxopt_llm.text import Tokenizer
 
@@ -201,6 +203,17 @@ class Engine:
     def metrics(self) -> Metrics:
         """Requests and pages at this moment, and programs so far."""
         return self._driver.call(self._loop.metrics)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Timeline]:
+        """Records when each stage of the pipeline is at what, as long as the context is open; complete after it."""
+        watch = Watch(self._runner.stages)
+        self._driver.call(functools.partial(setattr, self._runner, "watch", watch))
+        try:
+            yield watch.timeline
+        finally:
+            self._driver.call(functools.partial(setattr, self._runner, "watch", None))
+            watch.close()
 
     def update(self, model: Transformer) -> None:
         """Exchanges the weights for others of the same shapes, without a compilation; what is in flight ends first.

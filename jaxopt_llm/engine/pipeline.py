@@ -66,12 +66,13 @@ class Front:
             (shards, sizes.max_slots + 1), np.int64
         )  # one more slot, of rows that are padding
 
-    def run(self, batches: Sequence[Inputs]) -> Float[Array, "..."]:
-        """Hidden states for the last stage, where they lie there; not waited for.
+    def run(self, batches: Sequence[Inputs]) -> list[Float[Array, "..."]]:
+        """Hidden states that each stage gives, where they lie in the next one; not waited for.
 
         Args:
           batches: of each data shard, as `Runner.run` has them.
         """
+        given_by_each = []
         given = self._latest_tokens(batches)
         batch = self.weights[0].stack([dataclasses.replace(inputs, extras=None) for inputs in batches])
         for i, (placed, program, target) in enumerate(
@@ -79,7 +80,8 @@ class Front:
         ):
             hidden, self.caches[i] = _advance(placed.leaves, self.caches[i], batch, given, stage=program)
             given = jax.device_put(hidden, target)
-        return given
+            given_by_each.append(given)
+        return given_by_each
 
     def take(self, batches: Sequence[Inputs], last_tokens: Int32[Array, "..."]) -> None:
         """Takes in what the last stage has of a dispatch: the first stage's next tokens."""

@@ -7,6 +7,7 @@ Where the model lies in stages of a pipeline, what follows is the last stage's, 
 
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxopt_llm.engine.placed import Placed, engine_mesh, platform_of
 from jaxopt_llm.engine.program import Inputs, Out, Processor, Program
 from jaxopt_llm.engine.speculative import Speculation
 from jaxopt_llm.engine.step import step
+from jaxopt_llm.engine.timeline import Watch
 from jaxopt_llm.models import ModelConfig, Transformer, stages
 
 
@@ -87,7 +89,13 @@ class Runner:
             mesh=self._mesh,
         )
         self._state = self._weights.hold(state)
+        self.watch: Watch | None = None  # told of each dispatch
         self._counts: tuple[Any, Any] = (None, None)  # seen and counts, which only full programs take
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline; 1 where there is none."""
+        return self._sizes.stages
 
     @property
     def shards(self) -> int:
@@ -126,11 +134,21 @@ class Runner:
         if full:
             seen, counts = self._no_counts() if self._counts[0] is None else self._counts
             state = dataclasses.replace(state, seen=seen, counts=counts)
-        before = self._front.run(batches) if self._front else None
+        sent = time.perf_counter()
+        before = self._front.run(batches) if self._front else []
         batch = self._weights.stack(batches)
-        out, state = step((self._weights.leaves, self._draft_leaves), state, batch, before, program=program)
+        out, state = step(
+            (self._weights.leaves, self._draft_leaves),
+            state,
+            batch,
+            before[-1] if before else None,
+            program=program,
+        )
         if self._front:
             self._front.take(batches, state.last_tokens)
+        if self.watch is not None:
+            decodes = all(len(inputs.tokens) == len(inputs.slots) for inputs in batches)
+            self.watch.sent([*before, out.sampled.tokens], at=sent, decodes=decodes)
         if full:
             self._counts = state.seen, state.counts
         self._state = dataclasses.replace(state, seen=None, counts=None)

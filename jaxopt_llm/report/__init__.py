@@ -2,6 +2,17 @@
 
 from jaxopt_llm.report.page import page, require_plots
 from jaxopt_llm.report.row import HISTOGRAM_EDGES, Row, Subject, measure
+from jaxopt_llm.report.schedule import draw_schedule
 from jaxopt_llm.report.table import Column, columns
 
-__all__ = ["HISTOGRAM_EDGES", "Column", "Row", "Subject", "columns", "measure", "page", "require_plots"]
+__all__ = [
+    "HISTOGRAM_EDGES",
+    "Column",
+    "Row",
+    "Subject",
+    "columns",
+    "draw_schedule",
+    "measure",
+    "page",
+    "require_plots",
+]

@@ -1,0 +1,45 @@
+"""The schedule of a pipeline as a plot: stage against time, from a real run."""
+
+from pathlib import Path
+
+from jaxopt_llm.engine import Timeline
+
+_SHOWN = 24  # dispatches
+
+
+def draw_schedule(timeline: Timeline, path: Path) -> None:
+    """Draws dispatches from the middle of a run, each with its number, where the stages decode.
+
+    Args:
+      timeline: of the run.
+      path: of the picture, `.svg` or `.png`.
+
+    Raises:
+      ValueError: if they never decode all at once.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    busy = timeline.busy()
+    decoding = sorted({span.dispatch for span in timeline.spans if span.decodes})
+    middle = len(decoding) // 2
+    shown = set(decoding[max(0, middle - _SHOWN // 2) : middle + _SHOWN // 2])
+    spans = [span for span in timeline.spans if span.dispatch in shown]
+    zero = min(span.start for span in spans)
+    with mpl.rc_context({"svg.hashsalt": "schedule", "font.size": 9.5}):
+        figure = Figure(figsize=(8.0, 0.9 + 0.55 * timeline.stages), layout="constrained")
+        axes = figure.add_subplot()
+        for span in spans:
+            start, length = 1e3 * (span.start - zero), 1e3 * (span.end - span.start)
+            color = f"C{span.dispatch % timeline.stages}"  # of its micro-batch, where all of them decode
+            axes.broken_barh([(start, length)], (span.stage - 0.38, 0.76), color=color, edgecolor="white")
+            axes.text(
+                start + length / 2, span.stage, str(span.dispatch), ha="center", va="center", color="white",
+                fontsize=7, clip_on=True,
+            )  # fmt: skip
+        axes.set(xlabel="ms", ylim=(timeline.stages - 0.5, -0.5), xlim=(0, None))
+        axes.set_yticks(
+            range(timeline.stages), [f"stage {stage}, {share:.0%} busy" for stage, share in enumerate(busy)]
+        )
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
