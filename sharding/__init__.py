@@ -1,6 +1,6 @@
 """Floor 0: meshes, axis rules, collectives. Knows nothing of models."""
 
-from jaxopt_llm.sharding.collectives import axis_index, is_manual, join_last, psum
+from jaxopt_llm.sharding.collectives import axis_index, axis_size, is_manual, join_last, psum
 from jaxopt_llm.sharding.mesh import MESH_AXES, MeshSpec
 from jaxopt_llm.sharding.rules import RULES, AxisRules, Sharding
 from jaxopt_llm.sharding.stages import balanced
@@ -12,6 +12,7 @@ __all__ = [
     "MeshSpec",
     "Sharding",
     "axis_index",
+    "axis_size",
     "balanced",
     "is_manual",
     "join_last",

@@ -23,6 +23,11 @@ def axis_index(axis: str) -> Int[Array, ""]:
     return jax.lax.axis_index(axis) if is_manual(axis) else jnp.zeros((), jnp.int32)
 
 
+def axis_size(axis: str) -> int:
+    """How many shards there are along `axis` where a `shard_map` made it manual, else 1."""
+    return jax.lax.axis_size(axis) if is_manual(axis) else 1
+
+
 def is_manual(axis: str) -> bool:
     """Whether a `shard_map` made this axis manual, so that shapes are local along it."""
     return axis in jax.sharding.get_abstract_mesh().manual_axes

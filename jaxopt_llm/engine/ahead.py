@@ -17,7 +17,7 @@ from jaxopt_llm.engine.config import EngineConfig
 from jaxopt_llm.engine.layout import empty_counts, empty_state, on_each, packing
 from jaxopt_llm.engine.passes import choose, forward, keep_last, latest
 from jaxopt_llm.engine.placed import engine_mesh, spec_of
-from jaxopt_llm.engine.program import HELD, PACKED, Inputs, Leaves, Program, Sampled, State
+from jaxopt_llm.engine.program import Inputs, Leaves, Program, Sampled, State, held, packed_over
 from jaxopt_llm.engine.skeleton import Skeleton
 from jaxopt_llm.engine.step import step
 from jaxopt_llm.models import FUSIONS, Transformer
@@ -109,7 +109,7 @@ def _case(model: Transformer, config: EngineConfig, shape: inputs.Shape, fuse: f
     form, leaves = Skeleton.split(model)
     mesh = engine_mesh(model)
     device: Any = next(iter(leaves[0].sharding.device_set))
-    where = lambda spec: SingleDeviceSharding(device) if mesh is None else NamedSharding(mesh, spec)
+    where = lambda spec: SingleDeviceSharding(device) if mesh is None else NamedSharding(mesh, spec(mesh))
     pack = packing(form, [spec_of(leaf) for leaf in leaves], mesh, device.platform, fuse)
     skeletons: list[Skeleton] = []
 
@@ -118,7 +118,7 @@ def _case(model: Transformer, config: EngineConfig, shape: inputs.Shape, fuse: f
         skeletons.append(skeleton)
         return parts
 
-    parts = _placed(jax.eval_shape(packed_leaves, *leaves), where(PACKED))
+    parts = _placed(jax.eval_shape(packed_leaves, *leaves), where(packed_over))
     dtype = config.kv_dtype(model.dtype)
 
     def state_of_one() -> State:
@@ -128,7 +128,7 @@ def _case(model: Transformer, config: EngineConfig, shape: inputs.Shape, fuse: f
         seen, counts = empty_counts(model.config, sizes)
         return dataclasses.replace(state, seen=seen, counts=counts)
 
-    state = _placed(jax.eval_shape(on_each(mesh, state_of_one)), where(HELD))
+    state = _placed(jax.eval_shape(on_each(mesh, state_of_one)), where(held))
     widths = inputs.Widths(sizes.max_slots, model.config.vocab_size, 1)
     table = np.zeros(
         (len(sizes.windows), sizes.max_slots, -(-sizes.max_seq_len // sizes.page_size)), np.int32

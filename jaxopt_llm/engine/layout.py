@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int32
 
-from jaxopt_llm.engine.program import HELD, PACKED, State
+from jaxopt_llm.engine.program import State, held, packed_over
 from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.engine.skeleton import Skeleton
 from jaxopt_llm.engine.speculative import Memory, Speculation
@@ -18,11 +18,17 @@ from jaxopt_llm.models import FUSIONS, ModelConfig, init_cache, packed
 Packing = Callable[[tuple[Array, ...]], tuple[Skeleton, tuple[Array, ...]]]
 
 
-def on_each(mesh: Mesh | None, body: Callable[..., Any], *, in_specs: Any = (), out_specs: Any = HELD) -> Any:
+def on_each(
+    mesh: Mesh | None,
+    body: Callable[..., Any],
+    *,
+    in_specs: Any = (),
+    out_specs: Callable[[Mesh], PartitionSpec] = held,
+) -> Any:
     """A function of local arrays on every device of a mesh; as it is where there is none."""
     if mesh is None:
         return body
-    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs(mesh), check_vma=False)
 
 
 def packing(
@@ -48,7 +54,7 @@ def packing(
         found.append(skeleton)
         return parts
 
-    pack = on_each(mesh, body, in_specs=tuple(specs), out_specs=PACKED)
+    pack = on_each(mesh, body, in_specs=tuple(specs), out_specs=packed_over)
     pack = pack if mesh is None else jax.jit(pack)
 
     def run(leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:

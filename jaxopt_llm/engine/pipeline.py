@@ -20,7 +20,7 @@ from jaxopt_llm.engine.config import EngineConfig
 from jaxopt_llm.engine.layout import empty_state
 from jaxopt_llm.engine.passes import batch_of, latest
 from jaxopt_llm.engine.placed import Placed
-from jaxopt_llm.engine.program import HELD, PACKED, Inputs
+from jaxopt_llm.engine.program import Inputs, held, packed_over
 from jaxopt_llm.engine.skeleton import Skeleton
 from jaxopt_llm.models import Cache, Transformer
 
@@ -57,7 +57,7 @@ class Front:
             for placed, part in zip(self.weights, parts, strict=True)
         ]  # fmt: skip
         self.caches: list[Cache] = [state.cache for state in states]
-        self._targets = [placed.where(P("data")) for placed in [*self.weights[1:], last]]
+        self._targets = [placed.where(lambda _: P("data")) for placed in [*self.weights[1:], last]]
         self._dispatches = 0
         # The latest tokens of all slots after each of the last dispatches, and which of them gave each slot its own.
         self._tokens = deque([(0, states[0].last_tokens)], maxlen=sizes.in_flight)
@@ -88,7 +88,7 @@ class Front:
         self._dispatches += 1
         for given_by, inputs in zip(self._given_by, batches, strict=True):
             given_by[inputs.slots[inputs.limit > 0]] = self._dispatches
-        self._tokens.append((self._dispatches, jax.device_put(last_tokens, self.weights[0].where(HELD))))
+        self._tokens.append((self._dispatches, jax.device_put(last_tokens, self.weights[0].where(held))))
 
     def _latest_tokens(self, batches: Sequence[Inputs]) -> Int32[Array, "..."]:
         """Of the dispatch that gave the last of the tokens that are fed here: to wait for a later one takes longer."""
@@ -141,11 +141,12 @@ def _advance(
         hidden, cache = _through(leaves, cache, inputs, given if stage.first else given[0], stage)
         return hidden[None], cache
 
+    own = held(stage.mesh)
     return jax.shard_map(
         body,
         mesh=stage.mesh,
-        in_specs=(PACKED, HELD, P("data"), HELD if stage.first else P("data")),
-        out_specs=(P("data"), HELD),
+        in_specs=(packed_over(stage.mesh), own, P("data"), own if stage.first else P("data")),
+        out_specs=(P("data"), own),
         check_vma=False,  # every tensor shard has the same hidden states, which JAX cannot know
     )(leaves, cache, inputs, given)
 

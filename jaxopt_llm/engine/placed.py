@@ -19,7 +19,7 @@ class Placed:
     """The weights of one model, or of one stage of a pipeline.
 
     Args:
-      model: on one device, or placed on a mesh of data and tensor axes.
+      model: on one device, or placed on a mesh of data, expert and tensor axes.
       consume: delete the model's arrays once they are packed.
 
     Attributes:
@@ -61,11 +61,11 @@ class Placed:
         """What the host has for each data shard, as a step takes it."""
         return batches[0] if self.mesh is None else jax.tree.map(lambda *a: np.stack(a), *batches)
 
-    def where(self, spec: PartitionSpec) -> Sharding:
+    def where(self, spec: Callable[[Mesh], PartitionSpec]) -> Sharding:
         """What an array split like this lies like beside the weights."""
         if self.mesh is None:
             return SingleDeviceSharding(*self.leaves[0].devices())
-        return NamedSharding(self.mesh, spec)
+        return NamedSharding(self.mesh, spec(self.mesh))
 
     def _pack(self, leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:
         skeleton, parts = self._packing(leaves)
@@ -119,9 +119,8 @@ def engine_mesh(model: Transformer) -> Mesh | None:
         raise ValueError(
             f"the mesh has no axis {' and '.join(missing)}; build it with MeshSpec, which has all"
         )
-    others = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in ("data", "tensor")}
-    if others:
+    if mesh.shape.get("sequence", 1) > 1:
         raise ValueError(
-            f"the engine splits over data and tensor, not over {others}; take a mesh of those axes"
+            f"the engine reads one token at a time, and splits no sequence={mesh.shape['sequence']}; leave it at 1"
         )
     return mesh

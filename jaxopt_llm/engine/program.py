@@ -17,11 +17,18 @@ from jaxopt_llm.engine.skeleton import Skeleton
 from jaxopt_llm.engine.speculative import Memory, Speculation, Tally
 from jaxopt_llm.models import Cache
 
-HELD = P(("data", "tensor"))  # how the state lies on a mesh: each device's part is its own
-PACKED = P("tensor")  # and the parameters: the data shards have the same
-
 Leaves = tuple[tuple[Array, ...], tuple[Array, ...]]
 Processor = Callable[[Float[Array, "B V"], Int[Array, "B"], Int[Array, "B"]], Float[Array, "B V"]]
+
+
+def held(mesh: Mesh) -> P:
+    """How the state lies on a mesh: each device's part is its own."""
+    return P(tuple(axis for axis in ("data", "expert", "tensor") if axis in mesh.axis_names))
+
+
+def packed_over(mesh: Mesh) -> P:
+    """And the parameters: the data shards have the same."""
+    return P(tuple(axis for axis in ("expert", "tensor") if axis in mesh.axis_names))
 
 
 @jax.tree_util.register_dataclass

@@ -30,7 +30,7 @@ class Runner:
     """Runs steps.
 
     Args:
-      model: on one device, or placed on a mesh of data, stage and tensor axes.
+      model: on one device, or placed on a mesh of data, stage, expert and tensor axes.
       config: of the engine.
       processors: as `Program` has them.
       draft: a smaller model to draft with, placed as the model is; or None.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxopt_llm.engine.decode import decode
 from jaxopt_llm.engine.passes import choose, forward, keep_last, latest
-from jaxopt_llm.engine.program import HELD, PACKED, Inputs, Leaves, Out, Program, State
+from jaxopt_llm.engine.program import Inputs, Leaves, Out, Program, State, held, packed_over
 from jaxopt_llm.models import Transformer
 
 _ROWS_OF_LOGITS = 64  # scored at once, so that no [T, V] ever exists
@@ -47,8 +47,8 @@ def step(
     return jax.shard_map(
         body,
         mesh=program.mesh,
-        in_specs=(PACKED, HELD, P("data"), P("data")),
-        out_specs=(P("data"), HELD),
+        in_specs=(packed_over(program.mesh), held(program.mesh), P("data"), P("data")),
+        out_specs=(P("data"), held(program.mesh)),
         check_vma=False,  # every tensor shard samples the same, which JAX cannot know
     )(leaves, state, inputs, before)
 

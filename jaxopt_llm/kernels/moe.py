@@ -77,6 +77,8 @@ def moe(
     experts: Int[Array, "T k"],
     feed_forward: Callable[[Array, Array, Array], Array],
     num_experts: int,
+    *,
+    some: bool = False,
 ) -> Float[Array, "T D"]:
     """The weighted sum of what each token's experts give.
 
@@ -87,10 +89,17 @@ def moe(
       feed_forward: `(rows sorted by expert, expert of each row, rows of each expert) -> rows`, from
         `grouped_linear` products.
       num_experts: E.
+      some: whether tokens may go to experts that are not among these, whose ids are below 0 or not below E: those give
+        nothing here.
     """
     chosen = experts.reshape(-1)
+    if some:
+        chosen = jnp.where((chosen < 0) | (chosen >= num_experts), num_experts, chosen)
     order = jnp.argsort(chosen, stable=True)
     token = order // experts.shape[1]
-    out = feed_forward(x[token], chosen[order], jnp.bincount(chosen, length=num_experts))
+    sizes = jnp.bincount(chosen, length=num_experts)
+    out = feed_forward(x[token], chosen[order], sizes)
+    if some:  # what kernels leave there may be anything
+        out = jnp.where((jnp.arange(len(token)) < sizes.sum())[:, None], out, 0)
     out = out * weights.reshape(-1)[order][:, None].astype(out.dtype)
     return jnp.zeros_like(x).at[token].add(out)

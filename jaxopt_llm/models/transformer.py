@@ -127,7 +127,11 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         shares, chosen = self._route(x)
-        return kernels.moe(x, shares, chosen, self._feed_forward, self.experts.count)
+        shards = sharding.axis_size("expert")
+        own = self.experts.count // shards
+        first = sharding.axis_index("expert") * own
+        out = kernels.moe(x, shares, chosen - first, self._feed_forward, own, some=shards > 1)
+        return sharding.psum(out, "expert")
 
     def _route(self, x: Float[Array, "T D"]) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
         shares = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)

@@ -25,7 +25,7 @@ def on(mesh: str, model: Transformer) -> Transformer:
     ("family", "format", "mesh"),
     [
         ("gemma3_text", None, "stage=2+1"),  # windows in some layers, and a head that is the embedding
-        ("gpt_oss", "int8", "stage=1+2,tensor=4"),
+        ("gpt_oss", "int8", "stage=1+2,expert=2,tensor=2"),
         ("mistral", None, "data=2,stage=2+1,tensor=2"),
         ("mistral", None, "stage=3,tensor=2"),
     ],
