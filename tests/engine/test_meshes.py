@@ -30,16 +30,13 @@ def on(mesh: str | jax.sharding.Mesh, model: Transformer) -> Transformer:
     [
         ("windows", "int8", "tensor=4"),
         ("sinks", "int8", "data=2,tensor=4"),
-        ("sinks", None, "expert=4,tensor=2"),
-        ("sinks", "int8", "data=2,expert=2"),
         ("kernels", "int8_block", "data=2,tensor=4"),
         ("kernels", "int8", "data=2"),
     ],
 )
 def test_tokens(name, format, mesh):
     """Of quantized weights; `tests/models/test_params.py` has float ones of more families."""
-    model = MODELS[name]()
-    model = jo.quantize(model, format) if format else model
+    model = jo.quantize(MODELS[name](), format)
     engine = Engine(on(mesh, model), None, SIZES)
     prompts = oracle.prompts(model.config.vocab_size, 40, 3, 17, 70, 9)
     results = engine.generate(prompts, SamplingParams(max_tokens=16, ignore_eos=True))

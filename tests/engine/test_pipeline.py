@@ -7,18 +7,9 @@ import numpy as np
 import pytest
 
 import jaxopt_llm as jo
-from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
-from jaxopt_llm.models import Transformer, place
-from jaxopt_llm.sharding import MeshSpec, Sharding
-from tests.engine import oracle
-
-SIZES = EngineConfig(max_slots=4, max_seq_len=oracle.LENGTH, max_tokens_per_step=32)
-GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
-
-
-def on(mesh: str, model: Transformer) -> Transformer:
-    spec = MeshSpec.parse(mesh)
-    return place(model, Sharding(spec.build(), model.config.units, stage_layers=spec.stage_layers))
+from jaxopt_llm.engine import Engine, SamplingParams
+from tests.engine import oracle, plans
+from tests.engine.plans import GREEDY, SIZES, on
 
 
 @pytest.mark.parametrize(
@@ -26,18 +17,10 @@ def on(mesh: str, model: Transformer) -> Transformer:
     [
         ("gemma3_text", None, "stage=2+1"),  # windows in some layers, and a head that is the embedding
         ("gpt_oss", "int8", "stage=1+2,expert=2,tensor=2"),
-        ("mistral", None, "data=2,stage=2+1,tensor=2"),
-        ("mistral", None, "stage=3,tensor=2"),
     ],
 )
 def test_tokens(family, format, mesh):
-    model = oracle.tiny(family, 3)
-    model = jo.quantize(model, format) if format else model
-    engine = Engine(on(mesh, model), None, SIZES)
-    prompts = oracle.prompts(model.config.vocab_size, 40, 3, 17, 70, 9, 30)
-    results = engine.generate(prompts, GREEDY)
-    covered = [oracle.check_greedy(model, p, r.token_ids) for p, r in zip(prompts, results, strict=True)]
-    assert np.mean(covered) > 6, covered
+    plans.check(oracle.tiny(family, 3), mesh, format)
 
 
 def test_stages_by_themselves_change_nothing():

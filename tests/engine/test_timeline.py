@@ -7,7 +7,7 @@ import pytest
 from jaxopt_llm.engine import Engine, Span, Timeline
 from jaxopt_llm.report import draw_schedule
 from tests.engine import oracle
-from tests.engine.test_pipeline import GREEDY, SIZES, on
+from tests.engine.plans import GREEDY, SIZES, on
 
 
 def perfect(first: float, second: float, dispatches: int = 50) -> Timeline:
