@@ -62,7 +62,7 @@ def _found(config: ModelConfig, name: str, weights: str) -> sizing.Candidate:
     ranked = sizing.sweep(
         config, _TRAFFIC, chips=[known], topology=layout, mesh=f"tensor={shards}", weights=[weights]
     )
-    (found,) = sizing.confirm(ranked, config, _TRAFFIC)
+    (found,) = sizing.confirm(ranked, config, _TRAFFIC, chips=[known])
     return found
 
 

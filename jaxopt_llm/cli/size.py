@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if AOT.value:
         with stages("programs") as report:
-            ranked = sizing.confirm(ranked, config, traffic, progress=report)
+            ranked = sizing.confirm(ranked, config, traffic, chips=chips, progress=report)
     told = sizing.explanation(ranked, traffic_is_timed=traffic.rate is not None)
     if plot is not None:
         sizing.draw(ranked, plot)
@@ -145,7 +145,7 @@ def _prices(items: Sequence[str]) -> dict[str, float]:
     for item in items:
         name, _, value = item.partition("=")
         try:
-            prices[sizing.chips_of([name])[0].name] = float(value)
+            prices[sizing.chip_names([name])[0]] = float(value)
         except ValueError as error:
             raise ValueError(f"--price={item}: {error}") from None
     return prices

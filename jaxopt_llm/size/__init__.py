@@ -1,6 +1,8 @@
 """Floor 7: which chips serve a model under given traffic, before any is rented."""
 
 from jaxopt_llm.size.ahead import Collective, Compiled, Program, compile_ahead
+from jaxopt_llm.size.candidate import Bytes, Candidate, Levels, Percentiles
+from jaxopt_llm.size.confirm import confirm
 from jaxopt_llm.size.efficiency import SERVER, UNCERTAINTY, Efficiency
 from jaxopt_llm.size.explain import explanation
 from jaxopt_llm.size.here import here
@@ -9,7 +11,7 @@ from jaxopt_llm.size.measured import append as append_run
 from jaxopt_llm.size.measured import read as read_runs
 from jaxopt_llm.size.model import FLOAT
 from jaxopt_llm.size.plot import check_plot, draw
-from jaxopt_llm.size.sweep import Bytes, Candidate, Levels, Percentiles, chips_of, confirm, sweep
+from jaxopt_llm.size.sweep import chip_names, chips_of, sweep
 from jaxopt_llm.size.topology import Topology
 from jaxopt_llm.size.traffic import Asked, Traffic, traffic
 
@@ -32,6 +34,7 @@ __all__ = [
     "Traffic",
     "append_run",
     "check_plot",
+    "chip_names",
     "chips_of",
     "compile_ahead",
     "confirm",

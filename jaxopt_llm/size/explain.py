@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxopt_llm.size.sweep import Candidate
+from jaxopt_llm.size.candidate import Candidate
 
 _REMEDY = {
     "HBM bandwidth": "fewer bytes a weight or a key (int8, int4), or more concurrent sequences to share each read",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from scipy.optimize import least_squares
 
+from jaxopt_llm.engine import EngineConfig
 from jaxopt_llm.evaluate import Speed
 from jaxopt_llm.models import ModelConfig
 from jaxopt_llm.sharding import MeshSpec
@@ -33,7 +34,6 @@ _BOUNDS = {
     "layer_s": (1e-7, 1e-2),
 }
 _PULL = 0.03  # towards where a factor begins, per factor of e: what runs tell anything of is far stronger
-_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,9 @@ class Run:
         rows = -(-self.concurrency // MeshSpec.parse(self.mesh).data)
         middle = self.prompt_tokens + self.output_tokens // 2
         return (
-            prefill_s(share, place, self.prompt_tokens, _CHUNK, efficiency, sequences=rows),
+            prefill_s(
+                share, place, self.prompt_tokens, EngineConfig.max_tokens_per_step, efficiency, sequences=rows
+            ),
             decode(share, place, rows, middle, efficiency).seconds,
         )
 

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxopt_llm.size.sweep import Candidate
+from jaxopt_llm.size.candidate import Candidate
 
 _FORMS = (".svg", ".png")
 

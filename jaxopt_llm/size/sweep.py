@@ -1,10 +1,8 @@
 """Which chips serve a model under given traffic: every slice and mesh, simulated, ranked, and explained."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -15,7 +13,7 @@ from jaxopt_llm.engine.scheduler import SchedulerConfig
 from jaxopt_llm.models import ModelConfig
 from jaxopt_llm.sharding import MeshSpec
 from jaxopt_llm.sharding.chips import CHIPS, Chip
-from jaxopt_llm.size.ahead import Compiled, compile_ahead, devices_of
+from jaxopt_llm.size.candidate import PAGE, Bytes, Candidate, Levels, Percentiles, engine_of, paged, rank
 from jaxopt_llm.size.efficiency import ROOFLINE, SERVER, Efficiency
 from jaxopt_llm.size.here import HERE, here
 from jaxopt_llm.size.model import FLOAT, Shapes, Share, rounding_of
@@ -25,103 +23,33 @@ from jaxopt_llm.size.topology import Topology
 from jaxopt_llm.size.traffic import Traffic
 
 _MOST_SLOTS = 256
-_CHUNK = 512  # tokens a step, as the engine has by default
-_PAGE = 128  # more than the engine's 16, so that the simulation takes less time: a sequence loses half a page
+_CHUNK = EngineConfig.max_tokens_per_step
 _SPAN = 8  # slices of up to so many times the chips of the smallest that fits
 _HEADROOM = 0.95  # of memory: what a step needs beside weights and cache is a guess here
 
 
-class Percentiles(NamedTuple):
-    p50: float
-    p95: float
-
-
-class Bytes(NamedTuple):
-    """On one chip, the devices of a chip together."""
-
-    weights: int
-    kv: int
-    temporaries: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Levels:
-    """What service must reach, in ms at a percentile; None for what does not matter."""
-
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    latency_ms: float | None = None
-    percentile: float = 95
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{field.name}={value} must be more than 0")
-        if self.percentile > 100:
-            raise ValueError(f"percentile={self.percentile} must be at most 100")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """Chips, and what they do with the traffic; the figures of service are None where the model does not fit.
-
-    Attributes:
-      chip, topology, chips, mesh: where it runs.
-      weights_dtype, kv_dtype: precision.
-      max_batch: sequences of the traffic's mean length that fit, on all data shards.
-      batch: sequences that run at once at most, on all data shards.
-      fits: whether weights, cache of the longest sequence and temporaries do, on each device.
-      bytes_per_chip: with the cache that `batch` mean sequences take.
-      ttft_ms, tpot_ms, latency_ms: to the first token, between tokens, to the last.
-      least_tpot_ms: what a step takes by published figures alone.
-      tokens_per_s: generated, under this traffic.
-      capacity: tokens a second that it could generate with every slot in use.
-      keeps_up: whether that is as much as the traffic asks for.
-      meets: whether it keeps up and reaches the levels.
-      usd_per_mtok: for a million generated tokens, under this traffic; None without a price.
-      bound: what binds a decode step, or `capacity` where memory for the cache keeps sequences waiting.
-      compiled: what the compiler says of it, and then `fits` is its verdict; None where it was not asked, or is not
-        there: `not_compiled` says so.
-    """
-
-    chip: str
-    topology: str
-    chips: int
-    mesh: str
-    weights_dtype: str
-    kv_dtype: str
-    max_batch: int
-    batch: int
-    fits: bool
-    bytes_per_chip: Bytes
-    ttft_ms: Percentiles | None = None
-    tpot_ms: Percentiles | None = None
-    latency_ms: Percentiles | None = None
-    least_tpot_ms: float | None = None
-    tokens_per_s: float | None = None
-    capacity: float | None = None
-    keeps_up: bool = False
-    meets: bool = False
-    usd_per_mtok: float | None = None
-    bound: str = "capacity"
-    compiled: Compiled | None = None
-    not_compiled: str | None = None
-
-
-def chips_of(names: Sequence[str]) -> list[Chip]:
-    """Chips by their names; `a100` is short for `a100-80`, and `this` is measured.
+def chip_names(names: Sequence[str]) -> list[str]:
+    """As `CHIPS` has them: `a100` is short for `a100-80`; `this` is the machine at hand.
 
     Raises:
       ValueError: for an unknown one; lists the known.
     """
-    named = CHIPS | {"a100": CHIPS["a100-80"]}
-    unknown = [name for name in names if name not in named and name != HERE]
+    known = {name: name for name in (HERE, *CHIPS)} | {"a100": "a100-80"}
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(
             f"chip {', '.join(unknown) or 'none'} is unknown; known are {HERE}, {', '.join(CHIPS)}"
         )
-    return [here() if name == HERE else named[name] for name in names]
+    return [known[name] for name in names]
+
+
+def chips_of(names: Sequence[str]) -> list[Chip]:
+    """Chips by their names; `this` is measured.
+
+    Raises:
+      ValueError: for an unknown one; lists the known.
+    """
+    return [here() if name == HERE else CHIPS[name] for name in chip_names(names)]
 
 
 def sweep(
@@ -180,57 +108,7 @@ def sweep(
             found += _of_chip(shapes, traffic, chip, topology, mesh, form, kv, levels, price, efficiency)
     if not found:
         raise ValueError("no mesh of these chips divides the model; name --mesh to see why")
-    return sorted(found, key=_rank)
-
-
-def confirm(
-    ranked: Sequence[Candidate],
-    config: ModelConfig,
-    traffic: Traffic,
-    *,
-    most: int = 3,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> list[Candidate]:
-    """The same candidates, the first of them compiled, and ranked anew by what the compiler says.
-
-    Args:
-      ranked: from `sweep`.
-      config: of the model.
-      traffic: as `sweep` had it.
-      most: candidates to compile, each of another chip, slice or precision; where none fits, the first alone.
-      progress: called with (candidate, programs compiled, of all).
-    """
-    chosen: dict[tuple[str, str, str], Candidate] = {}
-    for one in [one for one in ranked if one.fits] or ranked[:1]:
-        chosen.setdefault((one.chip, one.topology, one.weights_dtype), one)
-    found = list(ranked)
-    for one in list(chosen.values())[:most]:
-        mesh, place = MeshSpec.parse(one.mesh), Topology.parse(chips_of([one.chip])[0], one.topology)
-        try:
-            devices = devices_of(place)
-        except (ModuleNotFoundError, ValueError) as error:
-            found[found.index(one)] = dataclasses.replace(one, not_compiled=str(error))
-            continue
-        slots = max(1, one.batch // mesh.data)
-        mean = math.ceil(traffic.prompt + traffic.output)
-        engine = EngineConfig(
-            max_slots=slots,
-            max_seq_len=min(config.max_seq_len, _paged(traffic.longest)),
-            cache_tokens=max(_paged(traffic.longest), slots * _paged(mean)),
-            max_tokens_per_step=_CHUNK,
-            cache_dtype=None if one.kv_dtype == FLOAT else one.kv_dtype,
-        )
-        compiled = compile_ahead(
-            config,
-            place,
-            mesh,
-            engine,
-            devices=devices,
-            weights=one.weights_dtype,
-            progress=progress and functools.partial(progress, f"compiling for {one.chip} {one.topology}"),
-        )
-        found[found.index(one)] = dataclasses.replace(one, fits=compiled.fits, compiled=compiled)
-    return sorted(found, key=_rank)
+    return sorted(found, key=rank)
 
 
 def _of_chip(
@@ -314,11 +192,11 @@ def evaluate(
     memory = _HEADROOM * place.chip.hbm_bytes / place.chip.devices - share.weight_bytes
     most = min(_MOST_SLOTS, mine.concurrency or _MOST_SLOTS)
     spare = memory - share.temporary_bytes(most, _CHUNK)
-    fits = _tokens(share, 1, spare) >= _paged(traffic.longest)
-    room = int(spare / share.context_bytes(_paged(mean))) if fits else 0
+    fits = _tokens(share, 1, spare) >= paged(traffic.longest)
+    room = int(spare / share.context_bytes(paged(mean))) if fits else 0
     slots = _slots(share, place, min(most, max(room, 1)), mean, levels, efficiency)
     temporaries = share.temporary_bytes(slots, _CHUNK)
-    kv_bytes = int(min(slots, room) * share.context_bytes(_paged(mean)))
+    kv_bytes = int(min(slots, room) * share.context_bytes(paged(mean)))
     candidate = Candidate(
         chip=place.chip.name,
         topology=str(place),
@@ -363,10 +241,6 @@ def evaluate(
     )
 
 
-def _paged(tokens: int) -> int:
-    return -(-tokens // _PAGE) * _PAGE
-
-
 def _slots(
     share: Share, place: Topology, most: int, context: int, levels: Levels, efficiency: Efficiency
 ) -> int:
@@ -386,14 +260,8 @@ def _slots(
 def _scheduler(share: Share, slots: int, spare: float, traffic: Traffic) -> SchedulerConfig:
     """Sizes of an engine that gives all spare memory to the cache."""
     config = share.config
-    tokens = min(slots * _paged(traffic.longest), _tokens(share, slots, spare))
-    engine = EngineConfig(
-        max_slots=slots,
-        max_seq_len=min(config.max_seq_len, _paged(traffic.longest)),
-        cache_tokens=tokens,
-        page_size=_PAGE,
-        max_tokens_per_step=_CHUNK,
-    )
+    tokens = min(slots * paged(traffic.longest), max(PAGE, _tokens(share, slots, spare)))
+    engine = dataclasses.replace(engine_of(config, traffic, slots), cache_tokens=tokens, page_size=PAGE)
     return engine.scheduler(config)
 
 
@@ -402,8 +270,8 @@ def _tokens(share: Share, slots: int, spare: float) -> int:
     windows, layers = share.config.windows, spare / share.kv_bytes
     alike = layers / len(windows)
     full = windows.count(None)
-    behind = sum(slots * (window + _CHUNK + 2 * _PAGE) for window in windows if window)
-    return max(_PAGE, int(max(alike, (layers - behind) / full if full else 0)))
+    behind = sum(slots * (window + _CHUNK + 2 * PAGE) for window in windows if window)
+    return max(0, int(max(alike, (layers - behind) / full if full else 0)))
 
 
 def _seconds(share: Share, place: Topology, plan: Plan, efficiency: Efficiency) -> float:
@@ -440,18 +308,4 @@ def _meets(served: Served, levels: Levels) -> bool:
         1e3 * float(np.percentile(seconds, levels.percentile)) <= limit
         for seconds, limit in limits
         if limit is not None and len(seconds)
-    )
-
-
-def _rank(candidate: Candidate) -> tuple[bool, bool, bool, float, float, int]:
-    """What meets the levels first, then what costs least; what has no price by tokens a second and chip."""
-    each = (candidate.tokens_per_s or 0.0) / candidate.chips
-    price = candidate.usd_per_mtok
-    return (
-        not candidate.fits,
-        not candidate.meets,
-        price is None,
-        math.inf if price is None else price,
-        -each,
-        candidate.chips,
     )

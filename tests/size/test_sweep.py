@@ -87,6 +87,13 @@ def test_the_bytes_of_a_chip_are_those_of_its_devices():
     assert one.bytes_per_chip.weights == pytest.approx(16_060_522_496 / 4, rel=1e-3)
 
 
+def test_what_has_no_room_beside_the_weights_does_not_fit():
+    """Not even for requests that are shorter than a page."""
+    short = traffic(prompt=(32, 32), output=(8, 8), concurrency=2, requests=4)
+    (one,) = swept("v5e", short, topology="1x1")
+    assert (one.fits, one.max_batch, one.batch) == (False, 0, 0)
+
+
 def test_windows_leave_room():
     asked = traffic(prompt=(8192, 8192), output=(8, 8), concurrency=64, requests=64)
     whole, windowed = (
