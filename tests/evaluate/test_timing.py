@@ -31,9 +31,9 @@ def test_figures_follow_from_the_times_of_tokens(model, monkeypatch):
     runs = iter(
         [
             [result(900.0, 990.0, 999.0), result(900.0, 990.0, 999.0)],  # compiles, and does not count
-            [result(10.0, 14.0, 18.0), result(12.0, 16.0, 20.0)],
-            [result(10.0, 20.0, 30.0), result(12.0, 22.0, 32.0)],
-            [result(10.0, 15.0, 20.0), result(12.0, 17.0, 22.0)],
+            [result(10.0, 14.0, 18.0), result(14.0, 18.0, 22.0)],
+            [result(10.0, 20.0, 30.0), result(20.0, 30.0, 40.0)],
+            [result(10.0, 15.0, 20.0), result(15.1, 20.1, 25.1)],  # each counts from its own call
         ]
     )
     asked = []
@@ -45,15 +45,13 @@ def test_figures_follow_from_the_times_of_tokens(model, monkeypatch):
     monkeypatch.setattr(Engine, "generate", generate)
     found = evaluate.speed(model, prompt_tokens=8, output_tokens=3, concurrency=2)
     assert asked == [([8, 8], 3, True)] * 4
-    assert found.prefill_tokens_per_s.median == pytest.approx(2 * 8 / 0.012)
-    # From 12 ms, when both have started, to the end of the first: two tokens of the first, one of the second.
-    rates = [3 / 0.006, 3 / 0.018, 3 / 0.008]
-    assert found.decode_tokens_per_s.median == pytest.approx(sorted(rates)[1])
-    assert (found.decode_tokens_per_s.low, found.decode_tokens_per_s.high) == pytest.approx(
-        (min(rates), max(rates))
-    )
+    assert found.prefill_tokens_per_s.median == pytest.approx(2 * 8 / 0.0151)
+    # From when both have started to the end of the first: a token of each.
+    rates = [2 / 0.004, 2 / 0.010, 2 / 0.005]
+    decode = found.decode_tokens_per_s
+    assert (decode.low, decode.median, decode.high) == pytest.approx((rates[1], rates[2], rates[0]))
     assert found.tpot_ms.median == pytest.approx(5.0)
-    assert found.output_tokens_per_s.median == pytest.approx(6 / 0.022)
+    assert found.output_tokens_per_s.median == pytest.approx(6 / 0.0251)
 
 
 def test_speed_of_a_real_model(model):
