@@ -2,11 +2,14 @@
 
     python -m benchmarks.size_here [--format=int8_block]
 
-Random weights. Two shapes are timed through the engine, one and two sequences at a time; the third has at least four
-times the bytes of the larger of them and runs four times as many sequences. The exit code is 1 where the predicted time
-of its decode step is more than 20 % off. Writes benchmarks/results/size_here.json. Needs a quiet machine.
+Random weights. Two shapes are timed through the engine, one and two sequences at a time, after prompts of three
+lengths. The third has at least four times the bytes of the larger of them and runs four times as many sequences. The
+exit code is 1 where the predicted time of its decode step is more than 20 % off. Writes
+benchmarks/results/size_here.json, or another `--result`. Needs a quiet machine: `load` in the record is how many
+programs ran or wanted to before it began.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +26,8 @@ from jaxopt_llm.models import ModelConfig, Rope, num_bytes
 from jaxopt_llm.sharding.chips import Chip, chip_of
 
 _FORMAT = flags.DEFINE_string("format", "int8_block", "Form of weights.")
-_PROMPT, _OUTPUT = 256, 32
+_RESULT = flags.DEFINE_string("result", "size_here", "Name of the file with the result.")
+_OUTPUT = 32
 _LIMIT = 0.20
 
 
@@ -35,42 +39,49 @@ def shape(layers: int, d_model: int, d_ff: int) -> ModelConfig:
     )  # fmt: skip
 
 
-CALIBRATED = (shape(8, 512, 1536), shape(12, 768, 2048))
+CALIBRATED = (shape(12, 768, 2048), shape(13, 896, 2432))  # more than the caches of a core hold
 PREDICTED = shape(20, 1536, 4608)
 BATCHES, BATCH = (1, 2), 8
+PROMPTS, PROMPT = (64, 256, 768), 256
 
 
 def main(_: Sequence[str]) -> None:
+    load = os.getloadavg()[0]
     chip = chip_of(jax.devices()[0]) or sizing.here()
-    runs = [_run(config, chip, batch) for config in CALIBRATED for batch in BATCHES]
-    large = _run(PREDICTED, chip, BATCH)
+    runs = [
+        _run(config, chip, batch, prompt) for config in CALIBRATED for batch in BATCHES for prompt in PROMPTS
+    ]
+    large = _run(PREDICTED, chip, BATCH, PROMPT)
     sizes = [_nbytes(config) for config in (*CALIBRATED, PREDICTED)]
     if sizes[-1] < 4 * max(sizes[:-1]):
         raise ValueError(
             f"the third shape has {sizes[-1]:,} bytes, not four times those of the others: {sizes}"
         )
     factors = sizing.fit(runs)
-    prefill, tpot = large.predicted(factors)
-    error = tpot / large.tpot_s - 1
+    prefill, step = large.predicted(factors)
+    error = step / large.step_s - 1
     rows = [
         {
             "bytes": _nbytes(run.config),
             "sequences": run.concurrency,
+            "prompt_tokens": run.prompt_tokens,
             "prefill_s": run.prefill_s,
-            "tpot_s": run.tpot_s,
+            "step_s": run.step_s,
         }
         for run in (*runs, large)
     ]
     found = {
         "format": _FORMAT.value,
+        "load": load,
         "runs": rows,
         "factors": vars(factors),
-        "held_out": [{"prefill": one.prefill, "tpot": one.tpot} for one in sizing.held_out(runs)],
-        "predicted": {"prefill_s": prefill, "tpot_s": tpot},
-        "tpot_error": error,
+        "untold": sizing.untold(runs),
+        "held_out": [{"prefill": one.prefill, "step": one.step} for one in sizing.held_out(runs)],
+        "predicted": {"prefill_s": prefill, "step_s": step},
+        "step_error": error,
         "prefill_error": prefill / large.prefill_s - 1,
     }
-    record("size_here", found)
+    record(_RESULT.value, found)
     sys.exit(1 if abs(error) > _LIMIT else 0)
 
 
@@ -82,15 +93,15 @@ def _nbytes(config: ModelConfig) -> int:
     return num_bytes(_model(config))
 
 
-def _run(config: ModelConfig, chip: Chip, batch: int) -> sizing.Run:
-    found = evaluate.speed(_model(config), prompt_tokens=_PROMPT, output_tokens=_OUTPUT, concurrency=batch)
+def _run(config: ModelConfig, chip: Chip, batch: int, prompt: int) -> sizing.Run:
+    found = evaluate.speed(_model(config), prompt_tokens=prompt, output_tokens=_OUTPUT, concurrency=batch)
     return sizing.Run.of(
         found,
         config=config,
         chip=chip,
         weights=_FORMAT.value,
         kv=sizing.FLOAT,
-        prompt_tokens=_PROMPT,
+        prompt_tokens=prompt,
         output_tokens=_OUTPUT,
         concurrency=batch,
     )

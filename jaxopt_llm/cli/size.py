@@ -62,15 +62,16 @@ def main(argv: Sequence[str]) -> None:
     plot = None if PLOT.value is None else out_path(PLOT.value, marker=None)
     if plot is not None:
         sizing.check_plot(plot)
-    chips = sizing.chips_of((_DEFAULT_CHIPS if CHIP.value is None else CHIP.value).split(","))
+    names = sizing.chip_names((_DEFAULT_CHIPS if CHIP.value is None else CHIP.value).split(","))
     levels = sizing.Levels(
         ttft_ms=TTFT_MS.value, tpot_ms=TPOT_MS.value, latency_ms=LATENCY_MS.value, percentile=PERCENTILE.value
     )
     traffic = _traffic()
-    runs = [] if CALIBRATE.value is None else sizing.read_runs(Path(CALIBRATE.value))
+    runs = [] if CALIBRATE.value is None else sizing.settled(sizing.read_runs(Path(CALIBRATE.value)))
     left_out = sizing.held_out(runs)
     uncertainty = sizing.uncertainty(runs, left_out) if runs else sizing.UNCERTAINTY
     config, _ = checkpoints.read_config(MODEL.value)
+    chips = sizing.chips_of(names, [run.chip for run in runs])
     ranked = sizing.sweep(
         config,
         traffic,
@@ -94,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
             dataclasses.asdict(one) | {name: _named(getattr(one, name)) for name in _NESTED} for one in ranked
         ]
         best = plain[0] if ranked[0].fits else None
-        errors = [{"prefill": one.prefill, "tpot": one.tpot} for one in left_out]
+        errors = [{"prefill": one.prefill, "tpot": one.step} for one in left_out]
         show.json_line(
             {
                 "candidates": plain,
@@ -152,12 +153,12 @@ def _prices(items: Sequence[str]) -> dict[str, float]:
 
 
 def _tell_left_out(left_out: Sequence[sizing.HeldOut]) -> None:
-    columns = ("left out", "weights", "sequences", "prefill s", "error", "TPOT ms", "error")
+    columns = ("left out", "weights", "sequences", "prefill s", "error", "step ms", "error")
     rows = [
         (
             f"{one.run.config.family}, {one.run.config.num_layers} x {one.run.config.d_model}", one.run.weights,
             one.run.concurrency, f"{one.run.prefill_s:,.3f}", f"{one.prefill:+.0%}",
-            f"{1e3 * one.run.tpot_s:,.2f}", f"{one.tpot:+.0%}",
+            f"{1e3 * one.run.step_s:,.2f}", f"{one.step:+.0%}",
         )
         for one in left_out
     ]  # fmt: skip

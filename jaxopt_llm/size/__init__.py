@@ -6,7 +6,7 @@ from jaxopt_llm.size.confirm import confirm
 from jaxopt_llm.size.efficiency import SERVER, UNCERTAINTY, Efficiency
 from jaxopt_llm.size.explain import explanation
 from jaxopt_llm.size.here import here
-from jaxopt_llm.size.measured import HeldOut, Run, fit, held_out, uncertainty
+from jaxopt_llm.size.measured import HeldOut, Run, fit, held_out, settled, uncertainty, untold
 from jaxopt_llm.size.measured import append as append_run
 from jaxopt_llm.size.measured import read as read_runs
 from jaxopt_llm.size.model import FLOAT
@@ -44,7 +44,9 @@ __all__ = [
     "held_out",
     "here",
     "read_runs",
+    "settled",
     "sweep",
     "traffic",
     "uncertainty",
+    "untold",
 ]

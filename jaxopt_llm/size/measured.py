@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import OptimizeResult, least_squares
 
 from jaxopt_llm.engine import EngineConfig
 from jaxopt_llm.evaluate import Speed
@@ -17,22 +17,32 @@ from jaxopt_llm.models import ModelConfig
 from jaxopt_llm.sharding import MeshSpec
 from jaxopt_llm.sharding.chips import CHIPS, Chip
 from jaxopt_llm.size.efficiency import SERVER, Efficiency
+from jaxopt_llm.size.here import settle
 from jaxopt_llm.size.model import Shapes, Share
 from jaxopt_llm.size.step import decode, prefill_s
 from jaxopt_llm.size.topology import Topology
 
 _FACTORS = ("weights", "cache", "flops", "attention", "links", "hop_s", "layer_s")
-# A share of a published rate is at most 1. Of the machine at hand a rate is measured of float products, which integer
-# ones may pass. What runs say nothing of stays where it begins.
+# A share of a published rate is at most 1. Of the machine at hand rates are measured: of float products, which integer
+# ones may pass, and of reading more than its caches hold. What runs say nothing of stays where it begins.
 _BOUNDS = {
-    "weights": (0.05, 1.2),
-    "cache": (0.02, 1.2),
+    "weights": (0.05, 2.0),
+    "cache": (0.02, 2.0),
     "flops": (0.02, 8.0),
     "attention": (0.005, 8.0),
     "links": (0.05, 1.0),
     "hop_s": (1e-8, 1e-5),
     "layer_s": (1e-7, 1e-2),
 }
+_MORE = {  # runs that would tell of a factor
+    "weights": "one sequence",
+    "cache": "several long prompts",
+    "flops": "several long prompts",
+    "attention": "several long prompts",
+    "layer_s": "a model of other layers",
+}
+_OF_LINKS = ("links", "hop_s")  # runs are on one device
+_NOISE, _VAGUE = 0.05, 0.3  # of a run's figures, and of a factor's logarithm
 _PULL = 0.03  # towards where a factor begins, per factor of e: what runs tell anything of is far stronger
 
 
@@ -46,7 +56,8 @@ class Run:
       weights, kv: precisions, as `size` names them.
       prompt_tokens, output_tokens, concurrency: of each sequence, and how many.
       prefill_s: until every sequence had its first token.
-      tpot_s: of a later token of one sequence.
+      step_s: of a step in which all of them decode: a later token of each, but for what those that were first waited
+        for while the prompts of the others were read.
     """
 
     config: ModelConfig
@@ -59,7 +70,7 @@ class Run:
     output_tokens: int
     concurrency: int
     prefill_s: float
-    tpot_s: float
+    step_s: float
 
     @classmethod
     def of(cls, found: Speed, *, prompt_tokens: int, concurrency: int, **what: Any) -> Self:
@@ -70,7 +81,7 @@ class Run:
             prompt_tokens=prompt_tokens,
             concurrency=concurrency,
             prefill_s=concurrency * prompt_tokens / found.prefill_tokens_per_s.median,
-            tpot_s=found.tpot_ms.median / 1e3,
+            step_s=concurrency / found.decode_tokens_per_s.median,
             **what,
         )
 
@@ -94,7 +105,7 @@ class Run:
         return cls(**values | {"config": ModelConfig.from_json(values["config"]), "chip": known})
 
     def predicted(self, efficiency: Efficiency) -> tuple[float, float]:
-        """`prefill_s` and `tpot_s`."""
+        """`prefill_s` and `step_s`."""
         place, share = self._placed
         rows = -(-self.concurrency // MeshSpec.parse(self.mesh).data)
         middle = self.prompt_tokens + self.output_tokens // 2
@@ -116,7 +127,7 @@ class HeldOut(NamedTuple):
 
     run: Run
     prefill: float
-    tpot: float
+    step: float
 
 
 def append(path: Path, run: Run) -> None:
@@ -152,8 +163,32 @@ def read(path: Path) -> list[Run]:
     return runs
 
 
+def settled(runs: Sequence[Run]) -> list[Run]:
+    """The same runs, the machine at hand with one set of figures: each measured its own, and no two measure alike."""
+    chips = settle([run.chip for run in runs])
+    return [dataclasses.replace(run, chip=chip) for run, chip in zip(runs, chips, strict=True)]
+
+
 def fit(runs: Sequence[Run]) -> Efficiency:
     """The factors with the least squared errors of logarithms."""
+    return _of(_fitted(settled(runs)).x)
+
+
+def untold(runs: Sequence[Run]) -> list[str]:
+    """The factors of one chip that these runs leave where they began, more or less: others would fit as well.
+
+    Runs are taken to be right within 5 %; a factor that this makes uncertain by more than a third is not told.
+    """
+    slopes = _fitted(settled(runs)).jac
+    spread = _NOISE * np.sqrt(np.diag(np.linalg.inv(slopes.T @ slopes)))
+    return [
+        name
+        for name, factor in zip(_FACTORS, spread, strict=True)
+        if name not in _OF_LINKS and factor > _VAGUE
+    ]
+
+
+def _fitted(runs: Sequence[Run]) -> OptimizeResult:
     start = np.log([getattr(SERVER, name) for name in _FACTORS])
     low, high = np.log(np.array([_BOUNDS[name] for name in _FACTORS])).T
     start = np.clip(start, low + 1e-6, high - 1e-6)
@@ -163,36 +198,41 @@ def fit(runs: Sequence[Run]) -> Efficiency:
         missed = [_log_errors(run, found) for run in runs]
         return np.concatenate([np.ravel(missed), _PULL * (logs - start)])
 
-    return _of(least_squares(errors, start, bounds=(low, high)).x)
+    return least_squares(errors, start, bounds=(low, high))
 
 
 def held_out(runs: Sequence[Run]) -> list[HeldOut]:
     """Every run, predicted from the others; none where there is but one."""
     if len(runs) < 2:
         return []
-    found = []
+    runs, found = settled(runs), []
     for i, run in enumerate(runs):
-        prefill, tpot = np.expm1(_log_errors(run, fit([*runs[:i], *runs[i + 1 :]])))
-        found.append(HeldOut(run, float(prefill), float(tpot)))
+        prefill, step = np.expm1(_log_errors(run, fit([*runs[:i], *runs[i + 1 :]])))
+        found.append(HeldOut(run, float(prefill), float(step)))
     return found
 
 
 def uncertainty(runs: Sequence[Run], left_out: Sequence[HeldOut]) -> str:
-    """How far figures that were fitted to these runs can be trusted, in a sentence."""
+    """How far figures that were fitted to these runs can be trusted, and what would help, in a few sentences."""
     where = ", ".join(dict.fromkeys(run.chip.name for run in runs))
     fitted = f"Times are a model's, fitted to {len(runs)} runs on {where}"
     if not left_out:
         return f"{fitted}; with one run nothing tells how far off they are."
     worst = lambda name: max(abs(getattr(one, name)) for one in left_out)
-    return (
-        f"{fitted}; a run that is left out comes out within {worst('tpot'):.0%} (time between tokens) and "
+    told = (
+        f"{fitted}; a run that is left out comes out within {worst('step'):.0%} (time between tokens) and "
         f"{worst('prefill'):.0%} (prompts). Other chips were not compared with."
     )
+    vague = untold(runs)
+    if not vague:
+        return told
+    more = " and of ".join(dict.fromkeys(_MORE[name] for name in vague))
+    return f"{told} These runs tell too little of {', '.join(vague)}, which stay near a server's: add runs of {more}."
 
 
 def _log_errors(run: Run, efficiency: Efficiency) -> tuple[float, float]:
-    prefill, tpot = run.predicted(efficiency)
-    return math.log(prefill / run.prefill_s), math.log(tpot / run.tpot_s)
+    prefill, step = run.predicted(efficiency)
+    return math.log(prefill / run.prefill_s), math.log(step / run.step_s)
 
 
 def _of(logs: np.ndarray) -> Efficiency:

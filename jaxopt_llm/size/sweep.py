@@ -43,13 +43,13 @@ def chip_names(names: Sequence[str]) -> list[str]:
     return [known[name] for name in names]
 
 
-def chips_of(names: Sequence[str]) -> list[Chip]:
-    """Chips by their names; `this` is measured.
+def chips_of(names: Sequence[str], measured: Sequence[Chip] = ()) -> list[Chip]:
+    """Chips by their names; `this` is measured, unless it is among those that have been.
 
     Raises:
       ValueError: for an unknown one; lists the known.
     """
-    return [here() if name == HERE else CHIPS[name] for name in chip_names(names)]
+    return [here(measured) if name == HERE else CHIPS[name] for name in chip_names(names)]
 
 
 def sweep(

@@ -1,10 +1,15 @@
 """`size`: which chips serve a model."""
 
+import dataclasses
 import json
+import os
 
+import jax
 import pytest
 
+from jaxopt_llm import checkpoints
 from jaxopt_llm import size as sizing
+from jaxopt_llm.sharding.chips import CHIPS
 from tests import families
 
 ASKED = ("--input_tokens=64", "--output_tokens=8", "--requests=8")
@@ -109,10 +114,38 @@ def test_runs_of_the_engine_are_fitted_to(run_cli, data_dir, tmp_path):
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report["held_out"]) == 2
     assert "fitted to 2 runs on this" in report["uncertainty"]
-    measured = sum(1e3 * run.tpot_s for run in sizing.read_runs(runs)) / 2
-    assert report["best"]["tpot_ms"]["p50"] == pytest.approx(measured, rel=3), (
-        "of the order of what was measured"
+
+
+def test_a_calibrated_machine_takes_as_long_as_it_did(run_cli, data_dir, tmp_path):
+    """Runs of a machine of which every factor is known; it is not measured anew."""
+    model, runs = str(data_dir / "stories107K.gguf"), tmp_path / "runs.json"
+    config, _ = checkpoints.read_config(model)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    chip = dataclasses.replace(
+        CHIPS["t4"], name="this", kinds=(jax.devices()[0].device_kind,), hbm_bytes=memory, links=0
     )
+    truth = dataclasses.replace(
+        sizing.SERVER, weights=0.5, cache=0.3, flops=0.1, attention=0.02, layer_s=1e-6
+    )
+
+    def run(count: int, prompt: int, layers: int) -> sizing.Run:
+        scaled = dataclasses.replace(config, num_layers=layers, windows=(None,) * layers)
+        blank = sizing.Run(
+            config=scaled, chip=chip, topology="1", mesh="data=1", weights="bf16", kv="bf16", prompt_tokens=prompt,
+            output_tokens=32, concurrency=count, prefill_s=1.0, step_s=1.0,
+        )  # fmt: skip
+        prefill, step = blank.predicted(truth)
+        return dataclasses.replace(blank, prefill_s=prefill, step_s=step)
+
+    for count, prompt, layers in ((1, 16, 40), (8, 400, 40), (2, 200, 20), (1, 16, 20), (16, 64, 20)):
+        sizing.append_run(runs, run(count, prompt, layers))
+    asked = ("--concurrency=1", "--input_tokens=64", "--output_tokens=64", "--requests=4", "--json")
+    done = run_cli("size", f"--model={model}", "--chip=this", f"--calibrate={runs}", *asked)
+    assert done.code == 0, done.stderr
+    best = json.loads(done.stdout.splitlines()[-1])["best"]
+    known = run(1, 64, config.num_layers)
+    assert best["tpot_ms"]["p50"] == pytest.approx(1e3 * known.step_s, rel=0.1)
+    assert best["ttft_ms"]["p50"] == pytest.approx(1e3 * known.prefill_s, rel=0.2)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,19 @@ import dataclasses
 
 import pytest
 
+from jaxopt_llm.evaluate import Speed, Spread
 from jaxopt_llm.sharding.chips import CHIPS
-from jaxopt_llm.size import SERVER, Run, append_run, fit, held_out, read_runs, uncertainty
+from jaxopt_llm.size import (
+    SERVER,
+    Run,
+    append_run,
+    fit,
+    held_out,
+    read_runs,
+    settled,
+    uncertainty,
+    untold,
+)
 from tests.size.configs import llama
 
 TRUTH = dataclasses.replace(
@@ -17,10 +28,10 @@ def run(layers: int, concurrency: int, weights: str = "bf16", prompt: int = 1024
     """As it would be on a chip that reaches `TRUTH`."""
     asked = Run(
         config=llama(layers), chip=CHIPS["h100"], topology="1", mesh="data=1", weights=weights, kv="bf16",
-        prompt_tokens=prompt, output_tokens=128, concurrency=concurrency, prefill_s=1.0, tpot_s=1.0,
+        prompt_tokens=prompt, output_tokens=128, concurrency=concurrency, prefill_s=1.0, step_s=1.0,
     )  # fmt: skip
-    prefill, tpot = asked.predicted(TRUTH)
-    return dataclasses.replace(asked, prefill_s=prefill, tpot_s=tpot)
+    prefill, step = asked.predicted(TRUTH)
+    return dataclasses.replace(asked, prefill_s=prefill, step_s=step)
 
 
 RUNS = [
@@ -40,19 +51,55 @@ def test_factors_that_runs_tell_of_are_found():
 def test_larger_and_more_at_once_than_any_measured():
     found = fit(RUNS[:4])
     large = run(80, 64)
-    prefill, tpot = large.predicted(found)
+    prefill, step = large.predicted(found)
     assert prefill == pytest.approx(large.prefill_s, rel=0.1)
-    assert tpot == pytest.approx(large.tpot_s, rel=0.1)
+    assert step == pytest.approx(large.step_s, rel=0.1)
+
+
+def test_waiting_for_the_prompts_of_others_is_no_decoding():
+    """The rate at which all decode, not the mean time between tokens, which has the others' prompts in it."""
+    spread = lambda value: Spread.of([value])
+    found = Speed(
+        prefill_tokens_per_s=spread(4000.0), decode_tokens_per_s=spread(400.0), ttft_ms=spread(1.0),
+        tpot_ms=spread(99.0), output_tokens_per_s=spread(1.0), mbu=spread(0.5), programs=2,
+    )  # fmt: skip
+    made = Run.of(
+        found, config=llama(4), chip=CHIPS["h100"], weights="bf16", kv="bf16", prompt_tokens=100, output_tokens=8,
+        concurrency=8,
+    )  # fmt: skip
+    assert (made.prefill_s, made.step_s) == pytest.approx((0.2, 0.02))
+
+
+def test_factors_that_runs_do_not_tell_are_named():
+    assert not {"weights", "cache", "flops"} & set(untold(RUNS))
+    alone = [run(16, 1, prompt=64), run(32, 1, prompt=64)]
+    assert "cache" in untold(alone)
+    told = uncertainty(alone, held_out(alone))
+    assert "tell too little of weights, cache, " in told
+    assert "add runs of one sequence and of several long prompts" in told
+
+
+def test_the_machine_at_hand_has_one_set_of_figures():
+    """However different its measurements are: the times that runs took do not depend on them."""
+    own = dataclasses.replace(CHIPS["h100"], name="this", links=0)
+    measured = [
+        dataclasses.replace(own, hbm_bandwidth=scale * own.hbm_bandwidth, bf16_flops=scale * own.bf16_flops)
+        for scale in (0.5, 1.0, 3.0)
+    ]
+    runs = [dataclasses.replace(one, chip=measured[i % 3]) for i, one in enumerate(RUNS)]
+    assert {one.chip for one in settled(runs)} == {own}
+    assert fit(runs) == fit([dataclasses.replace(one, chip=own) for one in RUNS])
+    assert settled(RUNS) == RUNS
 
 
 def test_each_is_predicted_from_the_others():
-    odd = dataclasses.replace(RUNS[0], tpot_s=3 * RUNS[0].tpot_s)
+    odd = dataclasses.replace(RUNS[0], step_s=3 * RUNS[0].step_s)
     errors = held_out([odd, *RUNS[1:]])
     assert [one.run for one in errors] == [odd, *RUNS[1:]]
-    assert errors[0].tpot == pytest.approx(-2 / 3, abs=0.05)
+    assert errors[0].step == pytest.approx(-2 / 3, abs=0.05)
     told = uncertainty(RUNS, errors)
     assert "fitted to 6 runs on h100" in told
-    assert f"within {max(abs(one.tpot) for one in errors):.0%} (time between tokens)" in told
+    assert f"within {max(abs(one.step) for one in errors):.0%} (time between tokens)" in told
     assert held_out(RUNS[:1]) == []
     assert "nothing tells how far off" in uncertainty(RUNS[:1], [])
 
