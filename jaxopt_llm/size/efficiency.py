@@ -17,6 +17,9 @@ class Efficiency:
       links: share of the links' bandwidth.
       hop_s: seconds from a chip to its neighbour; at most the "around 1 us" of scaling-book, chapter 3.
       layer_s: seconds that a layer takes beside all of that.
+      exposed: share of the shorter of reading weights and multiplying by them that the longer does not hide: 0 where
+        the two overlap, as a TPU's or a GPU's kernels have them, 1 where they add up. A CPU's few cores do a part of
+        both, and with few rows multiply slower than with many, which looks alike.
     """
 
     name: str
@@ -27,6 +30,7 @@ class Efficiency:
     links: float
     hop_s: float
     layer_s: float
+    exposed: float = 0.0
 
 
 ROOFLINE = Efficiency(

@@ -25,6 +25,7 @@ from jaxopt_llm.size.topology import Topology
 _FACTORS = ("weights", "cache", "flops", "attention", "links", "hop_s", "layer_s")
 # A share of a published rate is at most 1. Of the machine at hand rates are measured: of float products, which integer
 # ones may pass, and of reading more than its caches hold. What runs say nothing of stays where it begins.
+_BEGIN = dataclasses.replace(SERVER, exposed=0.2)
 _BOUNDS = {
     "weights": (0.05, 2.0),
     "cache": (0.02, 2.0),
@@ -33,6 +34,7 @@ _BOUNDS = {
     "links": (0.05, 1.0),
     "hop_s": (1e-8, 1e-5),
     "layer_s": (1e-7, 1e-2),
+    "exposed": (0.02, 1.0),
 }
 _MORE = {  # runs that would tell of a factor
     "weights": "one sequence",
@@ -40,6 +42,7 @@ _MORE = {  # runs that would tell of a factor
     "flops": "several long prompts",
     "attention": "several long prompts",
     "layer_s": "a model of other layers",
+    "exposed": "short prompts",
 }
 _OF_LINKS = ("links", "hop_s")  # runs are on one device
 _NOISE, _VAGUE = 0.05, 0.3  # of a run's figures, and of a factor's logarithm
@@ -116,6 +119,10 @@ class Run:
             decode(share, place, rows, middle, efficiency).seconds,
         )
 
+    @property
+    def platform(self) -> str:
+        return self._placed[0].platform
+
     @functools.cached_property
     def _placed(self) -> tuple[Topology, Share]:
         place, mesh = Topology.parse(self.chip, self.topology), MeshSpec.parse(self.mesh)
@@ -171,7 +178,7 @@ def settled(runs: Sequence[Run]) -> list[Run]:
 
 def fit(runs: Sequence[Run]) -> Efficiency:
     """The factors with the least squared errors of logarithms."""
-    return _of(_fitted(settled(runs)).x)
+    return _of(_names(runs), _fitted(settled(runs)).x)
 
 
 def untold(runs: Sequence[Run]) -> list[str]:
@@ -183,18 +190,25 @@ def untold(runs: Sequence[Run]) -> list[str]:
     spread = _NOISE * np.sqrt(np.diag(np.linalg.inv(slopes.T @ slopes)))
     return [
         name
-        for name, factor in zip(_FACTORS, spread, strict=True)
+        for name, factor in zip(_names(runs), spread, strict=True)
         if name not in _OF_LINKS and factor > _VAGUE
     ]
 
 
+def _names(runs: Sequence[Run]) -> tuple[str, ...]:
+    """The factors to fit: that reads and products hide each other is taken for granted but on a CPU."""
+    on_cpu = all(run.platform == "cpu" for run in runs)
+    return (*_FACTORS, "exposed") if on_cpu else _FACTORS
+
+
 def _fitted(runs: Sequence[Run]) -> OptimizeResult:
-    start = np.log([getattr(SERVER, name) for name in _FACTORS])
-    low, high = np.log(np.array([_BOUNDS[name] for name in _FACTORS])).T
+    names = _names(runs)
+    start = np.log([getattr(_BEGIN, name) for name in names])
+    low, high = np.log(np.array([_BOUNDS[name] for name in names])).T
     start = np.clip(start, low + 1e-6, high - 1e-6)
 
     def errors(logs: np.ndarray) -> np.ndarray:
-        found = _of(logs)
+        found = _of(names, logs)
         missed = [_log_errors(run, found) for run in runs]
         return np.concatenate([np.ravel(missed), _PULL * (logs - start)])
 
@@ -235,5 +249,7 @@ def _log_errors(run: Run, efficiency: Efficiency) -> tuple[float, float]:
     return math.log(prefill / run.prefill_s), math.log(step / run.step_s)
 
 
-def _of(logs: np.ndarray) -> Efficiency:
-    return Efficiency(name="measured", **dict(zip(_FACTORS, map(float, np.exp(logs)), strict=True)))
+def _of(names: Sequence[str], logs: np.ndarray) -> Efficiency:
+    return dataclasses.replace(
+        SERVER, name="measured", **dict(zip(names, map(float, np.exp(logs)), strict=True))
+    )

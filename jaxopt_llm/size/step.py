@@ -18,13 +18,14 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Terms:
-    """Seconds of a step. Weights are read while products run, so the longer of the two counts.
+    """Seconds of a step. Weights are read while products run: the longer counts, and what it does not hide.
 
     Attributes:
       cache, weights: to read them from HBM.
       flops: of products and attention.
       links: of collectives.
       layers: what layers take beside.
+      exposed: share of the shorter of weights and flops that comes on top of the longer.
     """
 
     cache: float
@@ -32,16 +33,19 @@ class Terms:
     flops: float
     links: float
     layers: float
+    exposed: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.cache + max(self.weights, self.flops) + self.links + self.layers
+        shorter, longer = sorted((self.weights, self.flops))
+        return self.cache + longer + self.exposed * shorter + self.links + self.layers
 
     @property
     def bound(self) -> str:
         """What most of the time goes to."""
-        memory = self.cache + (self.weights if self.weights >= self.flops else 0.0)
-        products = self.flops if self.flops > self.weights else 0.0
+        reads = self.weights >= self.flops
+        memory = self.cache + (1.0 if reads else self.exposed) * self.weights
+        products = (self.exposed if reads else 1.0) * self.flops
         parts = {"HBM bandwidth": memory, "FLOPs": products, "links": self.links, "overhead": self.layers}
         return max(parts, key=lambda name: parts[name])
 
@@ -73,6 +77,7 @@ def step(share: Share, topology: Topology, pieces: Sequence[Piece], efficiency: 
         flops=products / rate / efficiency.flops + attention / whole / efficiency.attention,
         links=reduced + joined,
         layers=config.num_layers * efficiency.layer_s,
+        exposed=efficiency.exposed,
     )
 
 

@@ -22,15 +22,16 @@ from tests.size.configs import llama
 TRUTH = dataclasses.replace(
     SERVER, name="truth", weights=0.7, cache=0.3, flops=0.5, attention=0.2, layer_s=2e-5
 )
+OWN = dataclasses.replace(CHIPS["h100"], name="this", links=0)  # a CPU, as these tests have one
 
 
-def run(layers: int, concurrency: int, weights: str = "bf16", prompt: int = 1024) -> Run:
-    """As it would be on a chip that reaches `TRUTH`."""
+def run(layers: int, concurrency: int, weights: str = "bf16", prompt: int = 1024, **other) -> Run:
+    """As it would be on a chip that reaches `TRUTH`, or another truth."""
     asked = Run(
-        config=llama(layers), chip=CHIPS["h100"], topology="1", mesh="data=1", weights=weights, kv="bf16",
-        prompt_tokens=prompt, output_tokens=128, concurrency=concurrency, prefill_s=1.0, step_s=1.0,
+        config=llama(layers), chip=other.get("chip", CHIPS["h100"]), topology="1", mesh="data=1", weights=weights,
+        kv="bf16", prompt_tokens=prompt, output_tokens=128, concurrency=concurrency, prefill_s=1.0, step_s=1.0,
     )  # fmt: skip
-    prefill, step = asked.predicted(TRUTH)
+    prefill, step = asked.predicted(other.get("truth", TRUTH))
     return dataclasses.replace(asked, prefill_s=prefill, step_s=step)
 
 
@@ -54,6 +55,17 @@ def test_larger_and_more_at_once_than_any_measured():
     prefill, step = large.predicted(found)
     assert prefill == pytest.approx(large.prefill_s, rel=0.1)
     assert step == pytest.approx(large.step_s, rel=0.1)
+
+
+@pytest.mark.parametrize("exposed", [0.1, 0.8])
+def test_what_reads_and_products_do_not_hide_of_each_other_shows_in_short_prompts(exposed):
+    on_cpu = {"truth": dataclasses.replace(TRUTH, exposed=exposed), "chip": OWN}
+    sizes = ((1, 64), (1, 128), (4, 64), (2, 256), (16, 4096), (4, 2048))
+    runs = [run(layers, *size, **on_cpu) for layers in (8, 32) for size in ((c, "bf16", p) for c, p in sizes)]
+    found = fit(runs)
+    assert found.exposed == pytest.approx(exposed, abs=0.1)
+    large = run(80, 128, **on_cpu)
+    assert large.predicted(found)[1] == pytest.approx(large.step_s, rel=0.05)
 
 
 def test_waiting_for_the_prompts_of_others_is_no_decoding():
@@ -81,14 +93,13 @@ def test_factors_that_runs_do_not_tell_are_named():
 
 def test_the_machine_at_hand_has_one_set_of_figures():
     """However different its measurements are: the times that runs took do not depend on them."""
-    own = dataclasses.replace(CHIPS["h100"], name="this", links=0)
     measured = [
-        dataclasses.replace(own, hbm_bandwidth=scale * own.hbm_bandwidth, bf16_flops=scale * own.bf16_flops)
+        dataclasses.replace(OWN, hbm_bandwidth=scale * OWN.hbm_bandwidth, bf16_flops=scale * OWN.bf16_flops)
         for scale in (0.5, 1.0, 3.0)
     ]
     runs = [dataclasses.replace(one, chip=measured[i % 3]) for i, one in enumerate(RUNS)]
-    assert {one.chip for one in settled(runs)} == {own}
-    assert fit(runs) == fit([dataclasses.replace(one, chip=own) for one in RUNS])
+    assert {one.chip for one in settled(runs)} == {OWN}
+    assert fit(runs) == fit([dataclasses.replace(one, chip=OWN) for one in RUNS])
     assert settled(RUNS) == RUNS
 
 

@@ -41,6 +41,21 @@ def test_a_long_prompt_is_bound_by_products(shapes):
     assert terms.flops == pytest.approx((products + attention) / 989e12, rel=1e-3)
 
 
+def test_reads_and_products_overlap_or_add_up(shapes):
+    """Where nothing is hidden both count; a share of what is shorter, in between."""
+    of = lambda exposed: decode(
+        Share.of(shapes, MeshSpec()),
+        slice_of("h100:1"),
+        64,
+        1024,
+        dataclasses.replace(ROOFLINE, exposed=exposed),
+    )
+    none, half, all_ = of(0.0), of(0.5), of(1.0)
+    assert all_.seconds == pytest.approx(all_.cache + all_.weights + all_.flops)
+    assert none.seconds == pytest.approx(none.cache + none.weights)
+    assert half.seconds == pytest.approx((none.seconds + all_.seconds) / 2)
+
+
 @pytest.mark.parametrize(
     ("name", "shards", "bandwidth", "hops"),
     [
