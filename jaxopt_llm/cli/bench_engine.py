@@ -4,6 +4,7 @@ Figures are medians over the repeats. mbu is the share of the machine's read ban
 reading the weights and the cache once a step takes. Runs that --append collects are what `size --calibrate` fits to.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from absl import flags
 
 from jaxopt_llm import evaluate, size
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import CONCURRENCY, JSON, LOADING, MODEL, OUTPUT_TOKENS
+from jaxopt_llm.cli.flags import CONCURRENCY, JSON, LOADING, MODEL, OUTPUT_TOKENS, SET
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import stages
+from jaxopt_llm.cli.serving import SERVING, engine_of, loading_of, model_of, serving
 from jaxopt_llm.engine import EngineConfig
 from jaxopt_llm.kernels import QArray
 from jaxopt_llm.models import Transformer, weights
@@ -33,12 +35,18 @@ APPEND = flags.DEFINE_string("append", None, "File of runs to add this one to, f
 def main(argv: Sequence[str]) -> None:
     output_tokens = 128 if OUTPUT_TOKENS.value is None else OUTPUT_TOKENS.value
     evaluate.check_lengths(prompt_tokens=PROMPT_TOKENS.value, output_tokens=output_tokens)
-    config = EngineConfig(cache_dtype=CACHE_DTYPE.value)
-    concurrency = 1 if CONCURRENCY.value is None else CONCURRENCY.value
+    config = serving(SERVING.value, SET.value)
+    sizes, loading = engine_of(config, EngineConfig()), loading_of(config, LOADING.value)
+    if CACHE_DTYPE.value is not None:
+        sizes = dataclasses.replace(sizes, cache_dtype=CACHE_DTYPE.value)
+    alone = 1 if config is None else sizes.max_slots
+    concurrency = alone if CONCURRENCY.value is None else CONCURRENCY.value
+    if config is not None:
+        _check_room(sizes, concurrency, PROMPT_TOKENS.value + output_tokens)
     if APPEND.value is not None:
-        _check_append(Path(APPEND.value), LOADING.value)
-    model, _ = load(MODEL.value, **LOADING.value)
-    quantize = LOADING.value.get("quantize")
+        _check_append(Path(APPEND.value), loading, sizes)
+    model, _ = load(model_of(config, MODEL), **loading)
+    quantize = loading.get("quantize")
     if APPEND.value is not None and quantize is None and _is_rounded(model):
         raise ValueError(
             "--append: the checkpoint's weights are rounded already; name one of floats, and --quantize"
@@ -50,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
             output_tokens=output_tokens,
             concurrency=concurrency,
             repeats=REPEATS.value,
-            config=config,
+            config=sizes,
+            trim=config is None,
             progress=functools.partial(report, "timing"),
         )
     if APPEND.value is not None:
@@ -60,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
             config=model.config,
             chip=chip,
             weights=size.FLOAT if quantize is None else quantize,
-            kv=size.FLOAT if CACHE_DTYPE.value is None else CACHE_DTYPE.value,
+            kv=size.FLOAT if sizes.cache_dtype is None else sizes.cache_dtype,
             prompt_tokens=PROMPT_TOKENS.value,
             output_tokens=output_tokens,
             concurrency=concurrency,
@@ -76,16 +85,35 @@ def main(argv: Sequence[str]) -> None:
         show.table(("", "median", "low", "high"), [*rows, ("programs", found.programs, None, None)])
 
 
-def _check_append(path: Path, loading: Mapping[str, Any]) -> None:
+def _check_room(sizes: EngineConfig, concurrency: int, tokens: int) -> None:
+    """Refuses what the config's engine would let wait, or has no room for."""
+    for name, asked, most in (
+        ("sequences at once", concurrency, sizes.max_slots),
+        ("tokens of a prompt and its output", tokens, sizes.max_seq_len),
+        ("tokens of all sequences", concurrency * tokens, sizes.cache_tokens),
+    ):
+        if most is not None and asked > most:
+            raise ValueError(
+                f"{asked:,} {name} are more than the {most:,} of --config={SERVING.value}; ask for fewer, or --set "
+                "engine.max_slots, engine.max_seq_len and engine.cache_tokens"
+            )
+
+
+def _check_append(path: Path, loading: Mapping[str, Any], sizes: EngineConfig) -> None:
     """Refuses, before anything is loaded, what a run in the file could not say."""
     for name in ("dtype", "mesh"):
         if loading.get(name) is not None:
             raise ValueError(
                 f"--append takes no --{name} yet: size --calibrate has no word for it; leave it out"
             )
-    if CACHE_DTYPE.value not in (None, "int8"):
+    if sizes.cache_dtype not in (None, "int8"):
         raise ValueError(
-            f"--append takes no --cache_dtype={CACHE_DTYPE.value}: size knows the model's own, and int8"
+            f"--append takes no --cache_dtype={sizes.cache_dtype}: size knows the model's own, and int8"
+        )
+    if sizes.max_tokens_per_step != EngineConfig.max_tokens_per_step:
+        raise ValueError(
+            f"--append takes no engine.max_tokens_per_step={sizes.max_tokens_per_step}: size --calibrate "
+            f"knows steps of {EngineConfig.max_tokens_per_step} tokens; leave it out"
         )
     if path.exists():
         size.read_runs(path)

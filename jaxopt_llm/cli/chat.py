@@ -6,13 +6,15 @@ Reads messages from stdin where that is no terminal.
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
 
-from jaxopt_llm.cli.flags import DRAFT_MODEL, LOADING, MODEL, PROMPT_LOOKUP, SAMPLING
+from jaxopt_llm.cli.flags import DRAFT_MODEL, LOADING, MODEL, PROMPT_LOOKUP, SAMPLING, SET
 from jaxopt_llm.cli.loading import load, load_draft
 from jaxopt_llm.cli.measuring import stages
+from jaxopt_llm.cli.serving import SERVING, engine_of, loading_of, model_of, serving
 from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
 
 with contextlib.suppress(ImportError):  # not on every system
@@ -23,10 +25,14 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
 
 def main(argv: Sequence[str]) -> None:
     params = SamplingParams(**SAMPLING.value)
-    model, tokenizer = load(MODEL.value, **LOADING.value)
-    draft = load_draft(DRAFT_MODEL.value, tokenizer, **LOADING.value)
-    config = EngineConfig(max_slots=1, prompt_lookup=PROMPT_LOOKUP.value)
-    engine = Engine(model, tokenizer, config, draft=draft, consume=True)
+    config = serving(SERVING.value, SET.value)
+    loading = loading_of(config, LOADING.value)
+    model, tokenizer = load(model_of(config, MODEL), **loading)
+    draft = load_draft(DRAFT_MODEL.value, tokenizer, **loading)
+    sizes = engine_of(config, EngineConfig(max_slots=1))
+    if PROMPT_LOOKUP.present:
+        sizes = dataclasses.replace(sizes, prompt_lookup=PROMPT_LOOKUP.value)
+    engine = Engine(model, tokenizer, sizes, draft=draft, consume=True)
     conversation = Conversation(engine, params)
     with stages("programs") as report:
         engine.warm_up(full=params.needs_full, progress=functools.partial(report, "compiling"))
@@ -56,7 +62,7 @@ class Conversation:
     def __init__(self, engine: Engine, params: SamplingParams):
         self.messages: list[dict[str, str]] = []
         self._engine, self._params = engine, params
-        self._context = engine.model_config.max_seq_len
+        self._context = engine.config.scheduler(engine.model_config).max_seq_len
         engine.encode([{"role": "user", "content": "Hello"}])  # refuses a model that cannot chat
 
     def answer(self, message: str) -> None:

@@ -19,9 +19,11 @@ from jaxopt_llm.cli.flags import (
     PROMPT,
     PROMPT_LOOKUP,
     SAMPLING,
+    SET,
 )
 from jaxopt_llm.cli.loading import load, load_draft
 from jaxopt_llm.cli.measuring import stages
+from jaxopt_llm.cli.serving import SERVING, engine_of, loading_of, model_of, serving
 from jaxopt_llm.engine import Engine, EngineConfig, Metrics, Prompt, Result, SamplingParams, encode
 from jaxopt_llm.text import Tokenizer
 
@@ -30,13 +32,17 @@ def main(argv: Sequence[str]) -> None:
     if not PROMPT.value:
         raise ValueError("--prompt is empty; give at least one character")
     params = SamplingParams(**SAMPLING.value, logprobs=0 if LOGPROBS.value else None)
-    model, tokenizer = load(MODEL.value, **LOADING.value)
+    config = serving(SERVING.value, SET.value)
+    loading = loading_of(config, LOADING.value)
+    model, tokenizer = load(model_of(config, MODEL), **loading)
     prompt: Prompt = [{"role": "user", "content": PROMPT.value}] if CHAT.value else PROMPT.value
     length = len(encode(prompt, tokenizer, model.config))
-    config = EngineConfig.fitting(model.config, requests=1, tokens=length + params.max_tokens)
-    config = dataclasses.replace(config, prompt_lookup=PROMPT_LOOKUP.value)
-    draft = load_draft(DRAFT_MODEL.value, tokenizer, **LOADING.value)
-    engine = Engine(model, tokenizer, config, draft=draft, consume=True)
+    fitting = EngineConfig.fitting(model.config, requests=1, tokens=length + params.max_tokens)
+    sizes = engine_of(config, fitting)
+    if PROMPT_LOOKUP.present:
+        sizes = dataclasses.replace(sizes, prompt_lookup=PROMPT_LOOKUP.value)
+    draft = load_draft(DRAFT_MODEL.value, tokenizer, **loading)
+    engine = Engine(model, tokenizer, sizes, draft=draft, consume=True)
     with stages("programs") as report:
         progress = functools.partial(report, "compiling")
         engine.warm_up(prompt_tokens=length, rows=1, full=params.needs_full, progress=progress)

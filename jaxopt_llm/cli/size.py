@@ -7,12 +7,13 @@ percentiles. Traffic is --rate requests a second, or --concurrency requests at o
 """
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
-from jaxopt_llm import checkpoints
+from jaxopt_llm import checkpoints, configs
 from jaxopt_llm import size as sizing
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import CHIP, CONCURRENCY, JSON, MESH, MODEL, OUTPUT_TOKENS
@@ -48,6 +49,11 @@ CALIBRATE = flags.DEFINE_string(
     None,
     "File of runs from bench engine --append: efficiency factors are fitted to them, in place of a server's.",
 )
+WRITE = flags.DEFINE_string(
+    "write",
+    None,
+    "New config file for the best candidate, such as configs/serving/mine.py: bench engine, generate and chat read it.",
+)
 AOT = flags.DEFINE_boolean(
     "aot",
     False,
@@ -59,9 +65,10 @@ _DEFAULT_CHIPS = "v5e,v5p,v6e,a100,h100"
 
 
 def main(argv: Sequence[str]) -> None:
-    plot = None if PLOT.value is None else out_path(PLOT.value, marker=None)
+    plot = None if PLOT.value is None else out_path(PLOT.value, marker=None, flag="plot")
     if plot is not None:
         sizing.check_plot(plot)
+    target = None if WRITE.value is None else _new_config(WRITE.value)
     names = sizing.chip_names((_DEFAULT_CHIPS if CHIP.value is None else CHIP.value).split(","))
     levels = sizing.Levels(
         ttft_ms=TTFT_MS.value, tpot_ms=TPOT_MS.value, latency_ms=LATENCY_MS.value, percentile=PERCENTILE.value
@@ -87,6 +94,10 @@ def main(argv: Sequence[str]) -> None:
     if AOT.value:
         with stages("programs") as report:
             ranked = sizing.confirm(ranked, config, traffic, chips=chips, progress=report)
+    if target is not None:
+        serving = sizing.serving(ranked[0], MODEL.value, config, traffic)
+        made = {"name": _name_of(target), "command": _command()}
+        sizing.write(target, sizing.source(serving, ranked[0], traffic, **made))
     told = sizing.explanation(ranked, traffic_is_timed=traffic.rate is not None)
     if plot is not None:
         sizing.draw(ranked, plot)
@@ -103,12 +114,15 @@ def main(argv: Sequence[str]) -> None:
                 "explanation": told,
                 "uncertainty": uncertainty,
                 "held_out": errors,
+                "written": target,
             }
         )
     else:
         _tell(ranked, told, uncertainty)
         if left_out:
             _tell_left_out(left_out)
+        if target is not None:
+            print(f"\nwritten to {target}: jaxopt-llm bench engine --config={_name_of(target)} runs it")
 
 
 _NESTED = ("bytes_per_chip", "ttft_ms", "tpot_ms", "latency_ms")
@@ -139,6 +153,32 @@ def _traffic() -> sizing.Traffic:
         concurrency=16 if CONCURRENCY.value is None and untimed else CONCURRENCY.value,
         requests=REQUESTS.value,
     )
+
+
+def _new_config(given: str) -> Path:
+    """Where to write the config: a file that is not there yet."""
+    path = out_path(given, marker=None, flag="write")
+    if path.suffix != ".py":
+        raise ValueError(f"--write={given} must end in .py: configs are Python files")
+    sizing.check_new(path)
+    return path
+
+
+def _name_of(path: Path) -> str:
+    """What --config calls it: packaged configs go by their name."""
+    packaged = path.resolve().parent.parent == configs.FOLDER.resolve()
+    return path.stem if packaged else str(path)
+
+
+def _command() -> str:
+    """This command, with the flags that say what was asked."""
+    holders = [one for one in globals().values() if isinstance(one, flags.FlagHolder)]
+    given = [
+        one.serialize()
+        for one in sorted(holders, key=lambda one: one is not MODEL)
+        if one.present and one is not JSON
+    ]
+    return shlex.join(["jaxopt-llm", "size", *given])
 
 
 def _prices(items: Sequence[str]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from jaxopt_llm.engine.plan import Metrics
 from jaxopt_llm.engine.prompt import Prompt, encode
 from jaxopt_llm.engine.request import Chunk, Result, Score, TokenLogprob
 from jaxopt_llm.engine.sampling import SamplingParams
+from jaxopt_llm.engine.serving import ServingConfig
 from jaxopt_llm.engine.stream import Stream
 from jaxopt_llm.engine.timeline import Span, Timeline
 
@@ -18,6 +19,7 @@ __all__ = [
     "Result",
     "SamplingParams",
     "Score",
+    "ServingConfig",
     "Span",
     "Stream",
     "Timeline",

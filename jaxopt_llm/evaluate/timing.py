@@ -61,6 +61,7 @@ def speed(
     concurrency: int = 1,
     repeats: int = 3,
     config: EngineConfig | None = None,
+    trim: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Speed:
     """Times greedy generation through the engine, once it is compiled and warm.
@@ -71,7 +72,8 @@ def speed(
       output_tokens: tokens that each sequence generates, of which the first counts as prefill.
       concurrency: sequences that run together.
       repeats: timed runs.
-      config: of the engine; its slots, context and prefix cache follow from the other arguments.
+      config: of the engine; there is no prefix cache, as all runs have the same prompts.
+      trim: whether its slots, context and pages follow from the other arguments.
       progress: called with (runs done, of all), the warm-up included.
 
     Raises:
@@ -83,13 +85,11 @@ def speed(
             raise ValueError(f"{name}={value} must be at least 1")
     report = progress or (lambda done, total: None)
     context = prompt_tokens + output_tokens
-    sizes = dataclasses.replace(
-        config or EngineConfig(),
-        max_slots=concurrency,
-        max_seq_len=context,
-        cache_tokens=concurrency * context,
-        prefix_cache=False,
-    )
+    sizes = dataclasses.replace(config or EngineConfig(), prefix_cache=False)
+    if trim:
+        sizes = dataclasses.replace(
+            sizes, max_slots=concurrency, max_seq_len=context, cache_tokens=concurrency * context
+        )
     engine = Engine(model, config=sizes)
     runs = []
     for run in range(1 + repeats):  # the first compiles what all of them take, and is not timed

@@ -11,6 +11,7 @@ from jaxopt_llm.size.measured import append as append_run
 from jaxopt_llm.size.measured import read as read_runs
 from jaxopt_llm.size.model import FLOAT
 from jaxopt_llm.size.plot import check_plot, draw
+from jaxopt_llm.size.serving import check_new, serving, source, write
 from jaxopt_llm.size.sweep import chip_names, chips_of, sweep
 from jaxopt_llm.size.topology import Topology
 from jaxopt_llm.size.traffic import Asked, Traffic, traffic
@@ -33,6 +34,7 @@ __all__ = [
     "Topology",
     "Traffic",
     "append_run",
+    "check_new",
     "check_plot",
     "chip_names",
     "chips_of",
@@ -44,9 +46,12 @@ __all__ = [
     "held_out",
     "here",
     "read_runs",
+    "serving",
     "settled",
+    "source",
     "sweep",
     "traffic",
     "uncertainty",
     "untold",
+    "write",
 ]

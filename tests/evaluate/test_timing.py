@@ -4,7 +4,7 @@ import pytest
 
 import jaxopt_llm as jo
 from jaxopt_llm import evaluate
-from jaxopt_llm.engine import Engine, Result
+from jaxopt_llm.engine import Engine, EngineConfig, Result
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,20 @@ def test_figures_follow_from_the_times_of_tokens(model, monkeypatch):
     assert (decode.low, decode.median, decode.high) == pytest.approx((rates[1], rates[2], rates[0]))
     assert found.tpot_ms.median == pytest.approx(5.0)
     assert found.output_tokens_per_s.median == pytest.approx(6 / 0.0251)
+
+
+@pytest.mark.parametrize(("trim", "sizes"), [(True, (1, 11, 11)), (False, (4, 64, 256))])
+def test_an_engine_is_cut_to_its_requests_or_left_as_it_is(model, monkeypatch, trim, sizes):
+    seen = []
+
+    def generate(self, prompts, params):
+        seen.append((self.config.max_slots, self.config.max_seq_len, self.config.cache_tokens))
+        return [result(10.0, 14.0, 18.0)]
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    config = EngineConfig(max_slots=4, max_seq_len=64, cache_tokens=256)
+    evaluate.speed(model, prompt_tokens=8, output_tokens=3, repeats=1, config=config, trim=trim)
+    assert seen == [sizes] * 2
 
 
 def test_speed_of_a_real_model(model):
