@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = ("quickstart", "research", "compress")
+NOTEBOOKS = ("quickstart", "research", "compress", "scale")
 TIMEOUT = 300  # seconds a cell, on a machine that does much else
 
 OLD_TPU = {"jax": "0.7.2", "jaxlib": "0.7.2", "libtpu": "0.0.20"}
@@ -65,7 +65,13 @@ def test_runs_top_to_bottom(executed):
     ran = cells(notebook)
     assert all(cell.execution_count for cell in ran.values())
     assert [key for key, cell in ran.items() if "plot" in key and not has_picture(cell)] == []
-    {"quickstart": check_quickstart, "research": check_research, "compress": check_compress}[name](ran)
+    checks = {
+        "quickstart": check_quickstart,
+        "research": check_research,
+        "compress": check_compress,
+        "scale": check_scale,
+    }
+    checks[name](ran)
 
 
 def check_quickstart(ran):
@@ -103,6 +109,28 @@ def check_compress(ran):
     ]
     assert float(small[1]) < 0.2 * float(first[1])
     assert len(text(ran["save"]).splitlines()) == 2
+
+
+def check_scale(ran):
+    rows = [re.split(r"\s{2,}", line) for line in text(ran["shard"]).splitlines()[1:]]
+    shapes = {name: (shape, shard) for name, _, shape, _, shard in rows}
+    assert shapes["layers.0.mlp.gate.weight"] == ("(172, 64)", "(43, 64)")
+    assert shapes["final_norm.weight"] == ("(64,)", "(64,)")
+    assert "CPU 0,4" in str(ran["look"].outputs)
+    difference = re.search(r"on 8 devices differ from those on one by (\S+)", text(ran["same"]))
+    assert float(difference[1]) < 1e-3
+    assert "all-reduce" in text(ran["same"])
+    best = [line.split() for line in text(ran["size"]).splitlines()[1:]]
+    assert [chip for chip, *_ in best] == ["v5e", "v5p", "v6e", "tpu7x", "h100", "h200"]
+    chips = {chip: int(count) for chip, count, *_ in best}
+    assert chips["v5e"] * 16.9e9 > 70.6e9, "weights in int8 alone"
+    assert max(float(milliseconds) for _, _, _, _, milliseconds, *_ in best) <= 50
+    assert f"max_slots={32 // data_shards(best[0][2])}" in text(ran["write"])
+
+
+def data_shards(mesh: str) -> int:
+    found = re.search(r"data=(\d+)", mesh)
+    return int(found[1]) if found else 1
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
