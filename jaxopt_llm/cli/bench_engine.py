@@ -2,6 +2,7 @@
 
 Figures are medians over the repeats. mbu is the share of the machine's read bandwidth, measured in the same run, that
 reading the weights and the cache once a step takes. Runs that --append collects are what `size --calibrate` fits to.
+On a mesh with stages each stage's busy share is told too: of the time in which all of them decode, in the last run.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from jaxopt_llm import evaluate, size
+from jaxopt_llm import checkpoints, evaluate, report, size
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import CONCURRENCY, JSON, LOADING, MODEL, OUTPUT_TOKENS, SET
 from jaxopt_llm.cli.loading import load
@@ -22,6 +23,7 @@ from jaxopt_llm.cli.serving import SERVING, engine_of, loading_of, model_of, ser
 from jaxopt_llm.engine import EngineConfig
 from jaxopt_llm.kernels import QArray
 from jaxopt_llm.models import Transformer, weights
+from jaxopt_llm.sharding import MeshSpec
 from jaxopt_llm.sharding.chips import chip_of
 
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 512, "Length of each prompt.")
@@ -30,6 +32,9 @@ CACHE_DTYPE = flags.DEFINE_string(
     "cache_dtype", None, "Type of keys and values: float32, bfloat16, float16, int8. Unset: the model's."
 )
 APPEND = flags.DEFINE_string("append", None, "File of runs to add this one to, for size --calibrate.")
+SCHEDULE = flags.DEFINE_string(
+    "schedule", None, "File to draw the stages' schedule in: stage against time. .svg or .png"
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,13 +50,18 @@ def main(argv: Sequence[str]) -> None:
         _check_room(sizes, concurrency, PROMPT_TOKENS.value + output_tokens)
     if APPEND.value is not None:
         _check_append(Path(APPEND.value), loading, sizes)
+    if SCHEDULE.value is not None:
+        report.check_plot("schedule", Path(SCHEDULE.value))
+        mesh = loading.get("mesh")
+        if mesh in (None, checkpoints.AUTO) or MeshSpec.parse(mesh).stage == 1:
+            raise ValueError("--schedule draws the stages of a pipeline; add --mesh=stage=2, or drop it")
     model, _ = load(model_of(config, MODEL), **loading)
     quantize = loading.get("quantize")
     if APPEND.value is not None and quantize is None and _is_rounded(model):
         raise ValueError(
             "--append: the checkpoint's weights are rounded already; name one of floats, and --quantize"
         )
-    with stages("runs") as report:
+    with stages("runs") as progress:
         found = evaluate.speed(
             model,
             prompt_tokens=PROMPT_TOKENS.value,
@@ -60,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
             repeats=REPEATS.value,
             config=sizes,
             trim=config is None,
-            progress=functools.partial(report, "timing"),
+            progress=functools.partial(progress, "timing"),
         )
     if APPEND.value is not None:
         chip = chip_of(jax.devices()[0]) or size.here()
@@ -75,14 +85,20 @@ def main(argv: Sequence[str]) -> None:
             concurrency=concurrency,
         )
         size.append_run(Path(APPEND.value), run)
+    if found.timeline is not None and SCHEDULE.value is not None:
+        report.draw_schedule(found.timeline, Path(SCHEDULE.value))
+    busy = found.timeline.busy() if found.timeline is not None else []
     figures = {name: value for name, value in vars(found).items() if isinstance(value, evaluate.Spread)}
     if JSON.value:
         medians = {name: spread.median for name, spread in figures.items()}
         spread = {name: [s.low, s.high] for name, s in figures.items()}
-        show.json_line(medians | {"spread": spread, "programs": found.programs})
+        of_stages = {"busy": busy} if busy else {}
+        show.json_line(medians | {"spread": spread, "programs": found.programs} | of_stages)
     else:
-        rows = [(name, s.median, s.low, s.high) for name, s in figures.items()]
-        show.table(("", "median", "low", "high"), [*rows, ("programs", found.programs, None, None)])
+        rows: list[tuple[Any, ...]] = [(name, s.median, s.low, s.high) for name, s in figures.items()]
+        rows.append(("programs", found.programs, None, None))
+        rows += [(f"stage {stage}, busy share", share, None, None) for stage, share in enumerate(busy)]
+        show.table(("", "median", "low", "high"), rows)
 
 
 def _check_room(sizes: EngineConfig, concurrency: int, tokens: int) -> None:

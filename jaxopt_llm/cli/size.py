@@ -19,6 +19,7 @@ from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import CHIP, CONCURRENCY, JSON, MESH, MODEL, OUTPUT_TOKENS
 from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.cli.writing import out_path
+from jaxopt_llm.report import check_plot
 
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "The one slice to consider: 2x4 of TPUs, 8 of GPUs. Unset: all."
@@ -67,7 +68,7 @@ _DEFAULT_CHIPS = "v5e,v5p,v6e,a100,h100"
 def main(argv: Sequence[str]) -> None:
     plot = None if PLOT.value is None else out_path(PLOT.value, marker=None, flag="plot")
     if plot is not None:
-        sizing.check_plot(plot)
+        check_plot("plot", plot)
     target = None if WRITE.value is None else _new_config(WRITE.value)
     names = sizing.chip_names((_DEFAULT_CHIPS if CHIP.value is None else CHIP.value).split(","))
     levels = sizing.Levels(

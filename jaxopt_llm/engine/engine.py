@@ -200,6 +200,11 @@ class Engine:
         model's too."""
         return self._runner.kv_bytes_per_token
 
+    @property
+    def stages(self) -> int:
+        """Of the pipeline that the model lies in; 1 where it lies in none."""
+        return self._runner.stages
+
     def metrics(self) -> Metrics:
         """Requests and pages at this moment, and programs so far."""
         return self._driver.call(self._loop.metrics)

@@ -1,5 +1,6 @@
 """Speed of a model on this machine, through the engine."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -11,7 +12,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from jaxopt_llm.engine import Engine, EngineConfig, Result, SamplingParams
+from jaxopt_llm.engine import Engine, EngineConfig, Result, SamplingParams, Timeline
 from jaxopt_llm.models import Transformer, num_bytes, weights
 
 _READ = 2**28  # bytes: more than any cache holds
@@ -42,6 +43,7 @@ class Speed:
       output_tokens_per_s: all tokens generated over the whole time.
       mbu: share of the machine's read bandwidth, measured beside it, that reading weights and cache once a step takes.
       programs: compiled in all.
+      timeline: what the stages of a pipeline did in the last run; None where there is none.
     """
 
     prefill_tokens_per_s: Spread
@@ -51,6 +53,7 @@ class Speed:
     output_tokens_per_s: Spread
     mbu: Spread
     programs: int
+    timeline: Timeline | None = None
 
 
 def speed(
@@ -92,14 +95,17 @@ def speed(
         )
     engine = Engine(model, config=sizes)
     runs = []
+    watched = engine.watched if engine.stages > 1 else contextlib.nullcontext
     for run in range(1 + repeats):  # the first compiles what all of them take, and is not timed
         report(run, 1 + repeats)
-        runs.append(_run(engine, prompt_tokens, output_tokens, concurrency))
+        with watched() as timeline:
+            runs.append(_run(engine, prompt_tokens, output_tokens, concurrency))
     report(1 + repeats, 1 + repeats)
     timed = runs[1:]
     step_bytes = _bytes_of_step(model, engine, context - output_tokens // 2, concurrency)
     programs = engine.metrics().programs
-    return _summary(timed, prompt_tokens, step_bytes / read_bandwidth(), programs)
+    found = _summary(timed, prompt_tokens, step_bytes / read_bandwidth(), programs)
+    return dataclasses.replace(found, timeline=timeline)
 
 
 def read_bandwidth() -> float:

@@ -1,5 +1,6 @@
 """Floor 6: figures of several models side by side, as a table, as JSON and as a page with plots."""
 
+from jaxopt_llm.report.figures import check_plot
 from jaxopt_llm.report.page import page, require_plots
 from jaxopt_llm.report.row import HISTOGRAM_EDGES, Row, Subject, measure
 from jaxopt_llm.report.schedule import draw_schedule
@@ -10,6 +11,7 @@ __all__ = [
     "Column",
     "Row",
     "Subject",
+    "check_plot",
     "columns",
     "draw_schedule",
     "measure",

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from jaxopt_llm.engine import Timeline
+from jaxopt_llm.report.figures import save
 
 _SHOWN = 24  # dispatches
 
@@ -42,4 +43,4 @@ def draw_schedule(timeline: Timeline, path: Path) -> None:
             range(timeline.stages), [f"stage {stage}, {share:.0%} busy" for stage, share in enumerate(busy)]
         )
         axes.spines[["top", "right", "left"]].set_visible(False)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
+        save(figure, path)

@@ -10,7 +10,7 @@ from jaxopt_llm.size.measured import HeldOut, Run, fit, held_out, settled, uncer
 from jaxopt_llm.size.measured import append as append_run
 from jaxopt_llm.size.measured import read as read_runs
 from jaxopt_llm.size.model import FLOAT
-from jaxopt_llm.size.plot import check_plot, draw
+from jaxopt_llm.size.plot import draw
 from jaxopt_llm.size.serving import check_new, serving, source, write
 from jaxopt_llm.size.sweep import chip_names, chips_of, sweep
 from jaxopt_llm.size.topology import Topology
@@ -35,7 +35,6 @@ __all__ = [
     "Traffic",
     "append_run",
     "check_new",
-    "check_plot",
     "chip_names",
     "chips_of",
     "compile_ahead",

@@ -1,20 +1,10 @@
 """Candidates as a plot: cost against the time between tokens, and the line of those that nothing beats in both."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxopt_llm.report.figures import save
 from jaxopt_llm.size.candidate import Candidate
-
-_FORMS = (".svg", ".png")
-
-
-def check_plot(path: Path) -> None:
-    """Raises ValueError if nothing can be drawn there: to be asked before the work."""
-    if path.suffix not in _FORMS:
-        raise ValueError(f"--plot={path} must end in {' or '.join(_FORMS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a plot needs matplotlib; pip install 'jaxopt-llm[eval]'")
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -53,4 +43,4 @@ def draw(candidates: Sequence[Candidate], path: Path) -> None:
             xlabel="time between tokens, median, ms",
             ylabel="US dollars a million tokens" if priced else "chip-hours a million tokens",
         )
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
+        save(figure, path)
