@@ -1,4 +1,4 @@
-"""Floor 0: meshes, axis rules, collectives. Knows nothing of models."""
+"""Floor 0: meshes, axis rules, collectives, processes. Knows nothing of models."""
 
 from jaxopt_llm.sharding.collectives import axis_index, axis_size, is_manual, join_last, psum
 from jaxopt_llm.sharding.mesh import MESH_AXES, MeshSpec

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -19,8 +20,9 @@ from jaxopt_llm.engine.drafting import Drafting, levels
 from jaxopt_llm.engine.driver import Driver
 from jaxopt_llm.engine.generation import Allowed, Generation, Wanted
 from jaxopt_llm.engine.intake import Intake
-from jaxopt_llm.engine.loop import Loop
+from jaxopt_llm.engine.placed import engine_mesh
 from jaxopt_llm.engine.plan import Metrics
+from jaxopt_llm.engine.processes import Following, loop_over
 from jaxopt_llm.engine.processors import check_processor
 from jaxopt_llm.engine.program import Processor
 from jaxopt_llm.engine.prompt import Prompt, Prompts, encode, several
@@ -30,6 +32,7 @@ from jaxopt_llm.engine.sampling import SamplingParams
 from jaxopt_llm.engine.stream import Stream
 from jaxopt_llm.engine.timeline import Timeline, Watch
 from jaxopt_llm.models import Transformer, stages
+from jaxopt_llm.sharding.hosts import spanned
 from jaxopt_llm.text import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -109,6 +112,12 @@ class Engine:
         speculates = config.prompt_lookup or draft is not None
         if speculates and config.decode_steps == 1:
             raise ValueError("decode_steps=1 leaves no room for drafts; take at least 2")
+        mesh = engine_mesh(model)
+        if speculates and spanned(mesh) > 1:
+            raise ValueError(
+                "drafts are for one process: how many pay is measured, and each of several would find another number; "
+                "leave out draft and prompt_lookup"
+            )
         keep_programs()
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
         sizes = config.scheduler(model.config, stages=len(stages(model)))
@@ -120,7 +129,9 @@ class Engine:
         self._intake = Intake(model.config, tokenizer, sizes, reuse=config.prefix_cache)
         widths = inputs.Widths(sizes.max_slots, model.config.vocab_size, max(1, len(self._intake.stop_ids)))
         drafting = Drafting(config.draft_tokens, model=draft is not None) if speculates else None
-        self._loop = Loop(self._runner, sizes, widths, drafting)
+        alike = (repr(config), f"jax {jax.__version__}")
+        parts = (self._runner, sizes, widths, drafting)
+        self._loop = loop_over(mesh, alike, self._intake.request, *parts)
         self._driver = Driver(self._loop)
 
     def generate(
@@ -165,6 +176,22 @@ class Engine:
         stream = Stream(self._driver, generation)
         self._driver.add([generation])
         return stream
+
+    def follow(self) -> None:
+        """Does what the engine of process 0 is asked, until that process ends its work: for the others of several, where
+        process 0 alone gets requests. Without it every process must ask its engine the same, as one program does.
+
+        Raises:
+          ValueError: in process 0, or where the model lies on devices of one process alone.
+        """
+        loop = self._loop
+        if not isinstance(loop, Following):
+            raise ValueError(
+                "follow() is for the processes after the first, with a model spread over all of them; "
+                "ask this engine itself"
+            )
+        loop.alone = True
+        self._driver.wait(lambda: loop.over)
 
     def score(self, prompts: Prompts, *, progress: Progress | None = None) -> list[Score]:
         """The log-probability of every token of each prompt after its first; a prompt may fail alone."""

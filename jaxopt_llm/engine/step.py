@@ -14,6 +14,7 @@ from jaxopt_llm.engine.decode import decode
 from jaxopt_llm.engine.passes import choose, forward, keep_last, latest
 from jaxopt_llm.engine.program import Inputs, Leaves, Out, Program, State, held, packed_over
 from jaxopt_llm.models import Transformer
+from jaxopt_llm.sharding.hosts import spanned
 
 _ROWS_OF_LOGITS = 64  # scored at once, so that no [T, V] ever exists
 
@@ -39,16 +40,20 @@ def step(
     if program.mesh is None:
         return _step(leaves, state, inputs, before, program)
 
+    # Every process plans for all data shards: where they lie in several, each gets what all of them gave.
+    shared = program.mesh.shape["data"] > 1 and spanned(program.mesh) > 1
+    joined = (lambda a: jax.lax.all_gather(a, "data")) if shared else (lambda a: a[None])
+
     def body(leaves: Leaves, state: State, inputs: Inputs, before: Array | None) -> tuple[Out, State]:
         inputs, before = jax.tree.map(lambda a: a[0], (inputs, before))
         out, state = _step(leaves, state, inputs, before, program)
-        return jax.tree.map(lambda a: a[None], out), state
+        return jax.tree.map(joined, out), state
 
     return jax.shard_map(
         body,
         mesh=program.mesh,
         in_specs=(packed_over(program.mesh), held(program.mesh), P("data"), P("data")),
-        out_specs=(P("data"), held(program.mesh)),
+        out_specs=(P() if shared else P("data"), held(program.mesh)),
         check_vma=False,  # every tensor shard samples the same, which JAX cannot know
     )(leaves, state, inputs, before)
 
