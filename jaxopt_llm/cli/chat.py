@@ -10,12 +10,14 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from jaxopt_llm.cli.flags import DRAFT_MODEL, LOADING, MODEL, PROMPT_LOOKUP, SAMPLING, SET
+from jaxopt_llm.cli.flags import DRAFT_MODEL, HOSTS, LOADING, MODEL, PROMPT_LOOKUP, SAMPLING, SET
+from jaxopt_llm.cli.hosts import together
 from jaxopt_llm.cli.loading import load, load_draft
 from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.cli.serving import SERVING, engine_of, loading_of, model_of, serving
-from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams
+from jaxopt_llm.engine import Engine, EngineConfig, SamplingParams, ServingConfig
 
 with contextlib.suppress(ImportError):  # not on every system
     import readline  # noqa: F401 - `input` then edits lines and remembers them
@@ -24,15 +26,25 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
 
 
 def main(argv: Sequence[str]) -> None:
-    params = SamplingParams(**SAMPLING.value)
-    config = serving(SERVING.value, SET.value)
+    params, config = SamplingParams(**SAMPLING.value), serving(SERVING.value, SET.value)
     loading = loading_of(config, LOADING.value)
+    with together(HOSTS.value, loading.get("mesh")) as follows:
+        talk(params, config, loading, follows=follows)
+
+
+def talk(
+    params: SamplingParams, config: ServingConfig | None, loading: dict[str, Any], *, follows: bool
+) -> None:
+    """Loads the model and answers line by line; where this process follows another, does what that does."""
     model, tokenizer = load(model_of(config, MODEL), **loading)
     draft = load_draft(DRAFT_MODEL.value, tokenizer, **loading)
     sizes = engine_of(config, EngineConfig(max_slots=1))
     if PROMPT_LOOKUP.present:
         sizes = dataclasses.replace(sizes, prompt_lookup=PROMPT_LOOKUP.value)
     engine = Engine(model, tokenizer, sizes, draft=draft, consume=True)
+    if follows:
+        engine.follow()
+        return
     conversation = Conversation(engine, params)
     with stages("programs") as report:
         engine.warm_up(full=params.needs_full, progress=functools.partial(report, "compiling"))

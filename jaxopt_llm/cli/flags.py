@@ -69,6 +69,21 @@ ADAPTER = flags.DEFINE_string(
     "LoRA adapter in PEFT's format to merge into the weights: a directory, or hf:org/name.",
     flag_values=SHARED,
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Run in several processes, each started with this flag: host:port of process 0, or auto on Cloud TPU, GKE and "
+    "Slurm, where --num_processes and --process_id are found too. Process 0 alone reads stdin and prints.",
+    flag_values=SHARED,
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes there are.", flag_values=SHARED
+)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=SHARED)
+JOIN_S = flags.DEFINE_integer(
+    "join_s", None, "Seconds in which all processes must be there. Unset: 300.", flag_values=SHARED
+)
+HOSTS = FlagGroup((COORDINATOR, NUM_PROCESSES, PROCESS_ID, JOIN_S))
 LOADING = FlagGroup((DTYPE, QUANTIZE, MESH, ADAPTER))
 PROMPT_LOOKUP = flags.DEFINE_boolean(
     "prompt_lookup",

@@ -7,11 +7,13 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jaxopt_llm.cli import show
 from jaxopt_llm.cli.flags import (
     CHAT,
     DRAFT_MODEL,
+    HOSTS,
     JSON,
     LOADING,
     LOGPROBS,
@@ -21,10 +23,20 @@ from jaxopt_llm.cli.flags import (
     SAMPLING,
     SET,
 )
+from jaxopt_llm.cli.hosts import together
 from jaxopt_llm.cli.loading import load, load_draft
 from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.cli.serving import SERVING, engine_of, loading_of, model_of, serving
-from jaxopt_llm.engine import Engine, EngineConfig, Metrics, Prompt, Result, SamplingParams, encode
+from jaxopt_llm.engine import (
+    Engine,
+    EngineConfig,
+    Metrics,
+    Prompt,
+    Result,
+    SamplingParams,
+    ServingConfig,
+    encode,
+)
 from jaxopt_llm.text import Tokenizer
 
 
@@ -34,6 +46,14 @@ def main(argv: Sequence[str]) -> None:
     params = SamplingParams(**SAMPLING.value, logprobs=0 if LOGPROBS.value else None)
     config = serving(SERVING.value, SET.value)
     loading = loading_of(config, LOADING.value)
+    with together(HOSTS.value, loading.get("mesh")) as follows:
+        run(params, config, loading, follows=follows)
+
+
+def run(
+    params: SamplingParams, config: ServingConfig | None, loading: dict[str, Any], *, follows: bool
+) -> None:
+    """Loads the model and answers; where this process follows another, does what that does."""
     model, tokenizer = load(model_of(config, MODEL), **loading)
     prompt: Prompt = [{"role": "user", "content": PROMPT.value}] if CHAT.value else PROMPT.value
     length = len(encode(prompt, tokenizer, model.config))
@@ -43,6 +63,9 @@ def main(argv: Sequence[str]) -> None:
         sizes = dataclasses.replace(sizes, prompt_lookup=PROMPT_LOOKUP.value)
     draft = load_draft(DRAFT_MODEL.value, tokenizer, **loading)
     engine = Engine(model, tokenizer, sizes, draft=draft, consume=True)
+    if follows:
+        engine.follow()
+        return
     with stages("programs") as report:
         progress = functools.partial(report, "compiling")
         engine.warm_up(prompt_tokens=length, rows=1, full=params.needs_full, progress=progress)

@@ -48,7 +48,9 @@ def loop_over(mesh: Mesh | None, alike: Sequence[str], make: Make, *args: Any) -
     if peers is None:
         return Loop(*args)
     if count != peers.count:
-        raise ValueError(f"the mesh reaches over {count} of {peers.count} processes; take devices of one, or of all")
+        raise ValueError(
+            f"the mesh reaches over {count} of {peers.count} processes; take devices of one, or of all"
+        )
     if peers.index == 0:
         return Leading(peers.channel(), alike, *args)
     return Following(peers.channel(), alike, make, *args)
