@@ -150,6 +150,7 @@ class Link:
             self._hear(_PING_S, heard)
             silent = [p for p in self._open - self._left if time.monotonic() - heard[p] > _SILENCE_S]
             if silent and not self._ending.is_set():
+                self._open.discard(silent[0])  # nobody waits for it to end
                 who = f"process {silent[0]} at {self._names[silent[0]]}"
                 self._end(f"{who} was not heard of for {_SILENCE_S:.0f} s; see whether it or its host is down")
 
