@@ -46,12 +46,9 @@ def started(*commands: Sequence[object], **env: str) -> Iterator[list[subprocess
 
 
 def ended(process: subprocess.Popen[str], *, timeout: float = 120) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr; without what Gloo says of its connections."""
+    """Exit code, stdout and stderr; Gloo may have said of its connections on stdout."""
     out, err = process.communicate(timeout=timeout)
-    ours = lambda text: "".join(
-        line for line in text.splitlines(keepends=True) if not line.startswith("[Gloo]")
-    )
-    return process.returncode, ours(out), ours(err)
+    return process.returncode, out, err
 
 
 def pair(program: Path | str, *arguments: object) -> list[list[object]]:

@@ -16,7 +16,8 @@ from absl import flags
 
 from jaxopt_llm import checkpoints, evaluate, report, size
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.flags import CONCURRENCY, JSON, LOADING, MODEL, OUTPUT_TOKENS, SET
+from jaxopt_llm.cli.flags import CONCURRENCY, HOSTS, JSON, LOADING, MODEL, OUTPUT_TOKENS, SET
+from jaxopt_llm.cli.hosts import together
 from jaxopt_llm.cli.loading import load
 from jaxopt_llm.cli.measuring import stages
 from jaxopt_llm.cli.serving import SERVING, engine_of, loading_of, model_of, serving
@@ -50,12 +51,21 @@ def main(argv: Sequence[str]) -> None:
         _check_room(sizes, concurrency, PROMPT_TOKENS.value + output_tokens)
     if APPEND.value is not None:
         _check_append(Path(APPEND.value), loading, sizes)
+    mesh = loading.get("mesh")
     if SCHEDULE.value is not None:
         report.check_plot("schedule", Path(SCHEDULE.value))
-        mesh = loading.get("mesh")
         if mesh in (None, checkpoints.AUTO) or MeshSpec.parse(mesh).stage == 1:
             raise ValueError("--schedule draws the stages of a pipeline; add --mesh=stage=2, or drop it")
-    model, _ = load(model_of(config, MODEL), **loading)
+    with together(HOSTS.value, mesh):
+        measure(model_of(config, MODEL), loading, sizes, (concurrency, output_tokens), trim=config is None)
+
+
+def measure(
+    source: str, loading: Mapping[str, Any], sizes: EngineConfig, asked: tuple[int, int], *, trim: bool
+) -> None:
+    """Loads the model, times it under a load of so many sequences and tokens of each, and prints the figures."""
+    concurrency, output_tokens = asked
+    model, _ = load(source, **loading)
     quantize = loading.get("quantize")
     if APPEND.value is not None and quantize is None and _is_rounded(model):
         raise ValueError(
@@ -69,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
             concurrency=concurrency,
             repeats=REPEATS.value,
             config=sizes,
-            trim=config is None,
+            trim=trim,
             progress=functools.partial(progress, "timing"),
         )
     if APPEND.value is not None:

@@ -11,10 +11,11 @@ from absl import flags
 
 from jaxopt_llm import evaluate
 from jaxopt_llm.cli import show
-from jaxopt_llm.cli.evaluate_tasks import prepare_tasks, tell_tasks
+from jaxopt_llm.cli.evaluate_tasks import RunTasks, prepare_tasks, tell_tasks
 from jaxopt_llm.cli.flags import (
     BOS,
     DTYPE,
+    HOSTS,
     JSON,
     LOADING,
     MESH,
@@ -25,6 +26,7 @@ from jaxopt_llm.cli.flags import (
     WINDOWS,
     FlagGroup,
 )
+from jaxopt_llm.cli.hosts import together
 from jaxopt_llm.cli.loading import load_whole
 from jaxopt_llm.cli.measuring import read_text, stages
 from jaxopt_llm.models import Transformer
@@ -51,9 +53,17 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("eval needs --text, a UTF-8 file to score, or --tasks")
     if REFERENCE.value and TEXT.value is None:
         raise ValueError("--reference is compared with on a text; give --text too")
+    if TASKS.value and HOSTS.value:
+        raise ValueError("--tasks run in one process; leave out --coordinator, or give --text instead")
     evaluate.check_sizes(window=WINDOW.value, stride=STRIDE.value, windows=WINDOWS.value)
     run_tasks = prepare_tasks(TASKS.value, TASK_OPTIONS.value)
     text = None if TEXT.value is None else read_text(TEXT.value)
+    with together(HOSTS.value, MESH.value):
+        run(text, run_tasks)
+
+
+def run(text: str | None, run_tasks: RunTasks) -> None:
+    """Loads the model, and prints what is found of it."""
     model, tokenizer = load_whole(MODEL.value, **LOADING.value)
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} has no tokenizer, and text cannot be scored without one")

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from jaxopt_llm.evaluate.tasks import TaskResult
 
 
-def prepare_tasks(
-    names: Sequence[str], options: Mapping[str, Any]
-) -> Callable[[Transformer, Tokenizer], "dict[str, TaskResult]"]:
+RunTasks = Callable[[Transformer, Tokenizer], "dict[str, TaskResult]"]
+
+
+def prepare_tasks(names: Sequence[str], options: Mapping[str, Any]) -> RunTasks:
     """What runs these tasks on a model, if there are any.
 
     Raises:

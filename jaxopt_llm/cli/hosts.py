@@ -23,12 +23,10 @@ def together(given: Mapping[str, Any], mesh: str | None) -> Iterator[bool]:
     Raises:
       ValueError: as `hosts.connect`, and for a mesh that leaves devices out.
     """
-    options = dict(given)
-    coordinator = options.pop("coordinator", None)
-    if coordinator is None:
-        if options:
+    if "coordinator" not in given:
+        if given:
             raise ValueError(
-                f"--{next(iter(options))} goes with --coordinator, the address of process 0, or auto"
+                f"--{next(iter(given))} goes with --coordinator, the address of process 0, or auto"
             )
         yield False
         return
@@ -36,8 +34,8 @@ def together(given: Mapping[str, Any], mesh: str | None) -> Iterator[bool]:
         raise ValueError(
             "--coordinator spreads a model over all processes; say how with --mesh, or --mesh=auto"
         )
-    timeout = {"timeout_s": float(options.pop("join_s"))} if "join_s" in options else {}
-    link = hosts.connect(coordinator, **options, **timeout)
+    names = {"join_s": "timeout_s"}
+    link = hosts.connect(**{names.get(name, name): value for name, value in given.items()})
     with link or contextlib.nullcontext(), _one_voice(0 if link is None else link.index):
         _check_mesh(mesh)
         yield link is not None and link.index > 0
@@ -56,20 +54,18 @@ def _check_mesh(mesh: str) -> None:
 def _one_voice(process: int) -> Iterator[None]:
     """Printing goes to stdout from process 0 alone; what libraries print there themselves goes to stderr."""
     try:
-        own = (
-            os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-            if process == 0
-            else open(os.devnull, "w")
-        )
-        sys.stdout.flush()
         number = sys.stdout.fileno()
     except (OSError, ValueError):  # not a file: a test's, or a notebook's
         yield
         return
+    sys.stdout.flush()
     kept = os.dup(number)
     os.dup2(sys.stderr.fileno(), number)
     try:
-        with own, contextlib.redirect_stdout(own):
+        with (
+            open(os.devnull if process else kept, "w", buffering=1, closefd=process > 0) as own,
+            contextlib.redirect_stdout(own),
+        ):
             yield
     finally:
         os.dup2(kept, number)

@@ -178,8 +178,10 @@ class Engine:
         return stream
 
     def follow(self) -> None:
-        """Does what the engine of process 0 is asked, until that process ends its work: for the others of several, where
-        process 0 alone gets requests. Without it every process must ask its engine the same, as one program does.
+        """Does what the engine of process 0 is asked, until that process ends its work.
+
+        For the others of several processes, where process 0 alone gets requests. Without it every process must ask its
+        engine the same, as one program does.
 
         Raises:
           ValueError: in process 0, or where the model lies on devices of one process alone.

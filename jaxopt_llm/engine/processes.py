@@ -1,8 +1,9 @@
 """One engine in several processes: process 0 decides, and tells the others in which order what is done.
 
-Every process has the whole loop, its schedulers too, and computes the same plans; what could differ between them is when
-requests come, their seeds, when somebody gives up, and what functions of a user give. That is told, as a log of orders,
-over a connection beside the devices. A process either asks the same as process 0 (one program in all of them), or follows.
+Every process has the whole loop, its schedulers too, and computes the same plans. What could differ between them is
+when requests come, their seeds, when somebody gives up, and what functions of a user give: that is told, as a log of
+orders, over a connection beside the devices. A process either asks the same as process 0 (one program in all of them),
+or follows.
 """
 
 import base64
@@ -23,7 +24,8 @@ from jaxopt_llm.engine.generation import Allowed, Generation, Wanted
 from jaxopt_llm.engine.inputs import Shape
 from jaxopt_llm.engine.loop import Loop
 from jaxopt_llm.engine.sampling import SamplingParams
-from jaxopt_llm.sharding.hosts import Channel, link, spanned
+from jaxopt_llm.sharding.hosts import link, spanned
+from jaxopt_llm.sharding.link import Channel
 
 _LOOK_S = 1.0  # a wait for orders, after which interrupts are handled
 _ASKED_S = 60.0  # for what process 0 was asked to be asked here too
