@@ -1,10 +1,15 @@
 """The launch scripts of `configs/launch/`, run as their docstrings say."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import yaml
+
 import jaxopt_llm as jo
+from jaxopt_llm.cli import main
 
 SCRIPT = Path(__file__).parents[2] / "configs" / "launch" / "finetune_eval.py"
 
@@ -36,3 +41,46 @@ def test_a_mistake_in_a_flag_is_absls():
     done = run("--stepz=3")
     assert done.returncode == 1
     assert "Unknown command line flag 'stepz'. Did you mean: steps" in done.stderr
+
+
+FAKES = {  # what the scripts call, on no cluster
+    "gcloud": 'for word; do case "$word" in --command=*) bash -c "${word#--command=}";; esac; done',
+    "srun": 'shift; exec "$@"',
+    "jaxopt-llm": 'printf "%s\\n" "$@"',
+}
+
+
+def asked(name: str, tmp_path: Path) -> list[str]:
+    """The words of the one call of ours in a launch file."""
+    path = SCRIPT.parent / name
+    if name.endswith(".yaml"):
+        (job,) = yaml.safe_load(path.read_text("utf-8"))["spec"]["replicatedJobs"]
+        pods = job["template"]["spec"]
+        (container,) = pods["template"]["spec"]["containers"]
+        assert pods["parallelism"] == pods["completions"]
+        chips = pods["completions"] * container["resources"]["limits"]["google.com/tpu"]
+        assert f"--mesh=tensor={chips}" in container["command"]
+        return container["command"][1:]
+    for fake, body in FAKES.items():
+        (tmp_path / fake).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / fake).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "TPU": "slice",
+        "ZONE": "z",
+        "MODEL": "hf:org/name",
+        "SLURM_NTASKS": "16",
+    }
+    done = subprocess.run(["bash", path], env=env, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "slurm.sbatch", "gke_jobset.yaml"])
+def test_files_for_many_hosts(name, tmp_path):
+    """They parse, and use flags that there are."""
+    command, *words = asked(name, tmp_path)
+    values = main._flags(main._command(command))
+    assert main._parse(command, values, words) == []
+    given = {name: values[name].value for name in ("coordinator", "mesh", "model", "prompt")}
+    expected = {"coordinator": "auto", "mesh": "tensor=16", "model": "hf:org/name"}
+    assert given == expected | {"prompt": "Why is the sky blue?"}
