@@ -91,29 +91,41 @@ def test_a_process_that_says_nothing_for_long_counts_as_dead():
     )
 
 
-def test_one_found_by_itself_on_slurm():
-    program = CONNECT + (
-        "link = hosts.connect('auto', timeout_s=60)\n"
-        "channel = link.channel()\n"
-        "channel.send(b'hello') if index == 0 else print(channel.receive(timeout_s=20))"
-    )
+AUTO = CONNECT + (
+    "link = hosts.connect('auto', timeout_s=float(rest[0]))\n"
+    "channel = link.channel()\n"
+    "channel.send(b'hello') if index == 0 else print(channel.receive(timeout_s=20))"
+)
+
+
+def slurm():
+    """What a job of two processes finds in its environment; all but which one it is."""
     port = processes.free_address().partition(":")[2]
-    slurm = {
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_NODELIST": "127.0.0.1",
-        "SLURM_NTASKS": "2",
-        "JAX_COORDINATOR_PORT": port,
-    }
-    commands = processes.pair(program)
+    names = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    return names | {"JAX_COORDINATOR_PORT": port}
+
+
+def test_slurm_says_who_there_is():
+    commands, env = processes.pair(AUTO, 60), slurm()
     with (
-        processes.started(commands[0], **slurm, SLURM_PROCID="0", SLURM_LOCALID="0") as (first,),
-        processes.started(commands[1], **slurm, SLURM_PROCID="1", SLURM_LOCALID="1") as (second,),
+        processes.started(commands[0], **env, SLURM_PROCID="0", SLURM_LOCALID="0") as (first,),
+        processes.started(commands[1], **env, SLURM_PROCID="1", SLURM_LOCALID="1") as (second,),
     ):
         code, _, err = processes.ended(first)
         assert (code, err) == (0, "")
         code, out, err = processes.ended(second)
     assert (code, err) == (0, "")
     assert "b'hello'" in out.splitlines()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_who_never_joins_where_jax_finds_them(index):
+    """JAX would abort."""
+    here = {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
+    with processes.started(processes.pair(AUTO, 1)[index], **slurm(), **here) as (alone,):
+        code, _, err = processes.ended(alone)
+    assert code == 2
+    assert err == "jaxopt-llm: error: not all processes have joined within 1 s; start all of them\n"
 
 
 def test_who_never_joins_is_named():
