@@ -70,7 +70,7 @@ def connect(
     _initialize(
         f"JAX's service at {coordinator} does not answer; see whether the port is free on process 0",
         60.0,
-        coordinator_address=coordinator,
+        coordinator_address=coordinator if index == 0 else _relayed((host, port)),
         num_processes=count,
         process_id=index,
         cluster_detection_method="deactivate",
@@ -222,6 +222,36 @@ def _join(addresses: list[tuple[str, int]], index: int, count: int, until: float
         return Link(index, count, {0: connection})
     why = answer[1:].decode() or f"process 0 at {names} has ended, or waits for others"
     raise ValueError(f"{why} (told to process {index})" if answer else why)
+
+
+def _relayed(service: tuple[str, int]) -> str:
+    """An address of this process that leads to JAX's service, and stays open when that is gone.
+
+    JAX aborts at once, with pages of its own, where its connection breaks off: before anybody can say who has died.
+    """
+    door = socket.create_server(("127.0.0.1", 0))
+
+    def pump(source: socket.socket, sink: socket.socket, *, ends: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                sink.sendall(data)
+        if ends:
+            sink.close()
+
+    def serve() -> None:
+        while True:
+            inside = door.accept()[0]
+            with contextlib.suppress(OSError):  # JAX tries again
+                outside = socket.create_connection(service, timeout=5)
+                outside.settimeout(None)
+                for source, sink, ends in ((inside, outside, True), (outside, inside, False)):
+                    options = {"ends": ends}
+                    threading.Thread(target=pump, args=(source, sink), kwargs=options, daemon=True).start()
+                continue
+            inside.close()
+
+    threading.Thread(target=serve, name="jaxopt_llm_relay", daemon=True).start()
+    return f"127.0.0.1:{door.getsockname()[1]}"
 
 
 def _again(addresses: list[tuple[str, int]], until: float) -> Iterator[tuple[str, int]]:
