@@ -11,14 +11,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from jaxopt_llm.sharding.link import END, Link, peer_name
 
@@ -92,9 +91,9 @@ def link() -> Link | None:
     return _found[0]
 
 
-def spanned(mesh: Mesh | None) -> int:
-    """Over how many processes a mesh reaches."""
-    return 1 if mesh is None else len({device.process_index for device in mesh.devices.flat})
+def spanned(devices: Iterable[jax.Device]) -> int:
+    """Over how many processes devices are spread."""
+    return len({device.process_index for device in devices})
 
 
 def _address(coordinator: str) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from jaxopt_llm.engine.drafting import Drafting, levels
 from jaxopt_llm.engine.driver import Driver
 from jaxopt_llm.engine.generation import Allowed, Generation, Wanted
 from jaxopt_llm.engine.intake import Intake
-from jaxopt_llm.engine.placed import engine_mesh
+from jaxopt_llm.engine.placed import devices_of
 from jaxopt_llm.engine.plan import Metrics
 from jaxopt_llm.engine.processes import Following, loop_over
 from jaxopt_llm.engine.processors import check_processor
@@ -112,15 +112,20 @@ class Engine:
         speculates = config.prompt_lookup or draft is not None
         if speculates and config.decode_steps == 1:
             raise ValueError("decode_steps=1 leaves no room for drafts; take at least 2")
-        mesh = engine_mesh(model)
-        if speculates and spanned(mesh) > 1:
+        devices, count = devices_of(model), len(stages(model))
+        if count > 1 and spanned(devices) > 1:
+            raise ValueError(
+                f"the {count} stages of a pipeline must lie in one process for now, and these lie in "
+                f"{spanned(devices)}; split over tensor, expert or data there"
+            )
+        if speculates and spanned(devices) > 1:
             raise ValueError(
                 "drafts are for one process: how many pay is measured, and each of several would find another number; "
                 "leave out draft and prompt_lookup"
             )
         keep_programs()
         self.model_config, self.tokenizer, self.config = model.config, tokenizer, config
-        sizes = config.scheduler(model.config, stages=len(stages(model)))
+        sizes = config.scheduler(model.config, stages=count)
         rooms = levels(config.draft_tokens) if speculates else (0,)
         rows = inputs.rows_of_logits(sizes, rooms)
         for processor in processors:
@@ -131,7 +136,7 @@ class Engine:
         drafting = Drafting(config.draft_tokens, model=draft is not None) if speculates else None
         alike = (repr(config), f"jax {jax.__version__}")
         parts = (self._runner, sizes, widths, drafting)
-        self._loop = loop_over(mesh, alike, self._intake.request, *parts)
+        self._loop = loop_over(devices, alike, self._intake.request, *parts)
         self._driver = Driver(self._loop)
 
     def generate(

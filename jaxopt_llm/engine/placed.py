@@ -109,6 +109,11 @@ def platform_of(model: Transformer) -> str:
     return next(iter(jax.tree.leaves(nnx.state(model))[0].sharding.device_set)).platform
 
 
+def devices_of(model: Transformer) -> set[jax.Device]:
+    """Those that a model lies on, in all its stages."""
+    return {device for leaf in jax.tree.leaves(nnx.state(model)) for device in leaf.sharding.device_set}
+
+
 def engine_mesh(model: Transformer) -> Mesh | None:
     """The mesh that a model lies on, if the engine can use it; None for one device."""
     mesh = mesh_of(model)

@@ -12,12 +12,11 @@ import json
 import time
 import weakref
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Bool
 
 from jaxopt_llm.engine.generation import Allowed, Generation, Wanted
@@ -33,19 +32,19 @@ _ASKED_S = 60.0  # for what process 0 was asked to be asked here too
 Make = Callable[..., Generation]
 
 
-def loop_over(mesh: Mesh | None, alike: Sequence[str], make: Make, *args: Any) -> Loop:
-    """The loop of this process, for an engine over a mesh.
+def loop_over(devices: Collection[jax.Device], alike: Sequence[str], make: Make, *args: Any) -> Loop:
+    """The loop of this process, for an engine over devices.
 
     Args:
-      mesh: that the model lies on, or None for one device.
+      devices: that the model lies on.
       alike: what must be the same in all processes, in words.
       make: a request of token ids, settings and wishes.
       *args: as `Loop` has them.
 
     Raises:
-      ValueError: for a mesh over some of several processes, or what is not alike.
+      ValueError: for devices of some of several processes, or what is not alike.
     """
-    count = spanned(mesh)
+    count = spanned(devices)
     peers = link() if count > 1 else None
     if peers is None:
         return Loop(*args)

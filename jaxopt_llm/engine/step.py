@@ -41,7 +41,7 @@ def step(
         return _step(leaves, state, inputs, before, program)
 
     # Every process plans for all data shards: where they lie in several, each gets what all of them gave.
-    shared = program.mesh.shape["data"] > 1 and spanned(program.mesh) > 1
+    shared = program.mesh.shape["data"] > 1 and spanned(program.mesh.devices.flat) > 1
     joined = (lambda a: jax.lax.all_gather(a, "data")) if shared else (lambda a: a[None])
 
     def body(leaves: Leaves, state: State, inputs: Inputs, before: Array | None) -> tuple[Out, State]:
