@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = (
     "data",
@@ -101,6 +101,11 @@ class MeshSpec:
     @property
     def _shape(self) -> tuple[int, ...]:
         return tuple(getattr(self, axis) for axis in MESH_AXES)
+
+
+def split_over(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """An array whose dimensions are split over these axes, as far as the mesh has them (None: not split)."""
+    return NamedSharding(mesh, PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in axes)))
 
 
 def check_mesh(mesh: Mesh | AbstractMesh) -> None:

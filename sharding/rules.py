@@ -14,7 +14,6 @@ from jaxopt_llm.sharding.stages import check_stages, stage_mesh
 _IDLE = {
     "stage": "the model has no layers",
     "expert": "the model has no experts",
-    "sequence": "splitting sequences is not built yet",
 }
 
 
@@ -54,6 +53,7 @@ class AxisRules:
 RULES = AxisRules(
     mesh_axes={
         "batch": "data",
+        "tokens": "sequence",
         "layers": "stage",
         "experts": "expert",
         "heads": "tensor",
@@ -75,7 +75,8 @@ class Sharding:
     The mesh may be abstract: enough to tell shapes, where its devices are not there.
 
     An axis is split by whole units: `heads` of width `head_dim` are never cut, so `units["heads"]` is
-    the number of heads, whatever the length of the array's dimension. `batch` is the caller's to split.
+    the number of heads, whatever the length of the array's dimension. `batch` and `tokens` are the caller's to
+    split.
 
     `layers` are no dimension of an array: each lies in one stage, whose part of the mesh `of_stage` gives.
 
@@ -95,7 +96,7 @@ class Sharding:
 
     def __post_init__(self):
         check_mesh(self.mesh)
-        used = {self.rules.mesh_axes.get(logical) for logical in ("batch", *self.units)}
+        used = {self.rules.mesh_axes.get(logical) for logical in ("batch", "tokens", *self.units)}
         for axis, size in self.mesh.shape.items():
             if size > 1 and axis not in used:
                 reason = _IDLE.get(axis, "the model has nothing on it")

@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from jaxopt_llm.distill import losses
@@ -17,6 +15,7 @@ from jaxopt_llm.distill.blocks import block_rows, mapped
 from jaxopt_llm.distill.data import Windows
 from jaxopt_llm.distill.losses import TopK
 from jaxopt_llm.models import Batch, Transformer, as_run, mesh_of
+from jaxopt_llm.sharding import split_over
 
 PREDICTIONS = "predictions.bin"  # in the folder of the run
 
@@ -90,6 +89,6 @@ def _reader(teacher: Transformer, k: int) -> Callable[[Int[np.ndarray, "B T"]], 
         return mapped(top_k, rows, hidden)
 
     def placed(tokens: Int[np.ndarray, "B T"]) -> Any:
-        return tokens if mesh is None else jax.device_put(tokens, NamedSharding(mesh, P("data")))
+        return tokens if mesh is None else jax.device_put(tokens, split_over(mesh, "data", "sequence"))
 
     return lambda tokens: jax.tree.map(np.asarray, read(params, placed(tokens)))

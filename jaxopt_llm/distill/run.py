@@ -294,9 +294,14 @@ def _check(teacher: Model, student: Model, config: Distillation) -> None:
     if config.top_k is not None and config.top_k > sizes[0]:
         raise ValueError(f"top_k={config.top_k} is more than the {sizes[0]} tokens of the vocabulary")
     mesh = mesh_of(student.model)
-    data = 1 if mesh is None else mesh.shape["data"]
+    data, sequence = (1, 1) if mesh is None else (mesh.shape.get(axis, 1) for axis in ("data", "sequence"))
     if config.batch % data:
         raise ValueError(f"batch={config.batch} must be a multiple of the mesh's data={data}")
+    if sequence > 1 and (config.batch != data or config.length % sequence):
+        raise ValueError(
+            f"mesh sequence={sequence} splits one window on each data shard: batch={config.batch} must be {data}, and "
+            f"length={config.length} a multiple of {sequence}; for larger batches accumulate"
+        )
 
 
 def _vocabulary(model: Model) -> dict[str, int]:

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxopt_llm.distill import losses
@@ -19,6 +18,7 @@ from jaxopt_llm.distill.config import Distillation, Optimizer
 from jaxopt_llm.distill.losses import TopK
 from jaxopt_llm.distill.student import Student
 from jaxopt_llm.models import Batch, Transformer, as_run, capture
+from jaxopt_llm.sharding import split_over
 
 Metrics = dict[str, Any]
 
@@ -105,7 +105,7 @@ class Trainer:
         """
         batches = (tokens, counted, predicted)
         if self.mesh is not None:
-            batches = jax.device_put(batches, NamedSharding(self.mesh, P(None, "data")))
+            batches = jax.device_put(batches, split_over(self.mesh, None, "data", "sequence"))
         return self._update(state, self.student.frozen, self._teacher_params, batches)
 
     def _step(self, state: State, frozen: Any, teacher: Any, batches: Any) -> tuple[State, Metrics]:

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxopt_llm.evaluate.estimate import Estimate, Interval
 from jaxopt_llm.evaluate.windows import Ids, Windows, check_sizes, cut
-from jaxopt_llm.models import Batch, Transformer, as_run, without_layers
+from jaxopt_llm.models import Batch, Transformer, as_run, mesh_of, without_layers
+from jaxopt_llm.sharding import split_over
 from jaxopt_llm.text import Tokenizer
 
 _LOGITS = 2**24  # of each model held at once: 64 MB in float32
@@ -184,6 +185,10 @@ def _measure(
 def _plan(models: Sequence[Transformer], ids: Ids, *, window: int, **sizes: Any) -> Windows:
     context, vocab = (min(getattr(m.config, name) for m in models) for name in ("max_seq_len", "vocab_size"))
     check_sizes(window=window, context=context)
+    for mesh in filter(None, map(mesh_of, models)):
+        shards = mesh.shape.get("sequence", 1)
+        if window % shards:
+            raise ValueError(f"mesh sequence={shards} does not divide {window=}; take a multiple of it")
     plan = cut(ids, window=window, **sizes)
     outside = plan.tokens[(plan.tokens < 0) | (plan.tokens >= vocab)]
     if outside.size:
@@ -221,7 +226,9 @@ def _run(models: Sequence[Transformer | Reference], plan: Windows, progress: Pro
 def _reader(model: Transformer | Reference) -> _Read:
     """What gives the hidden states of a window before the head; the model is packed when the first is read."""
     parts = functools.cache(lambda: nnx.split(as_run(_whole(model))))
-    read = lambda tokens: _hidden(*parts(), tokens)
+    mesh = mesh_of(_whole(model))
+    placed = lambda tokens: tokens if mesh is None else jax.device_put(tokens, split_over(mesh, "sequence"))
+    read = lambda tokens: _hidden(*parts(), placed(tokens))
     return model.reading(read) if isinstance(model, Reference) else read
 
 

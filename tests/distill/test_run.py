@@ -75,15 +75,18 @@ def test_how_it_is_computed_changes_nothing(settings, plain, teacher, student, t
     jax.tree.map(close, weights(plain.model), weights(other.model))
 
 
-def test_a_mesh_changes_nothing(teacher, student, text, tmp_path):
-    rows = {}
-    for mesh in (None, "data=2,tensor=2"):
+@pytest.mark.parametrize(
+    ("mesh", "settings"), [("data=2,tensor=2", {}), ("sequence=2,tensor=2", {"batch": 1, "accumulate": 2})]
+)
+def test_a_mesh_changes_nothing(teacher, student, text, tmp_path, mesh, settings):
+    config, rows = dataclasses.replace(TINY, **settings), {}
+    for place in (None, mesh):
         models = []
         for number, (model, tokenizer) in enumerate((teacher, student)):
             jo.save(model, tokenizer, tmp_path / str(number))
-            models.append(Model(*jo.load(tmp_path / str(number), mesh=mesh)))
-        rows[mesh] = []
-        run(*models, text, tmp_path / f"{mesh}.run", told=rows[mesh].append)
+            models.append(Model(*jo.load(tmp_path / str(number), mesh=place)))
+        rows[place] = []
+        run(*models, text, tmp_path / f"{place}.run", config, told=rows[place].append)
     for one, other in zip(*rows.values(), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
@@ -148,3 +151,16 @@ def test_another_run_is_not_continued(teacher, student, text, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(teacher, student, text, tmp_path, other, resume=True)
     assert run(teacher, student, text, tmp_path, resume=True).tokens == 3 * 2 * 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 2}, r"mesh sequence=2 splits one window on each data shard: batch=2 must be 1"),
+        ({"batch": 1, "length": 33}, r"length=33 a multiple of 2; for larger batches accumulate"),
+    ],
+)
+def test_batches_that_a_sequence_axis_does_not_split(data_dir, text, tmp_path, settings, message):
+    model = Model(*jo.load(data_dir / "stories107K.gguf", mesh="sequence=2"))
+    with pytest.raises(ValueError, match=message):
+        run(model, model, text, tmp_path, dataclasses.replace(TINY, **settings))

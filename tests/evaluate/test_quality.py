@@ -15,6 +15,7 @@ from jaxopt_llm import evaluate
 from jaxopt_llm.checkpoints import mesh_sharding
 from jaxopt_llm.evaluate import quality
 from jaxopt_llm.models import abstract, place, weights, with_weights, without_layers
+from jaxopt_llm.sharding import split_over
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +167,32 @@ def intermediates(jaxpr):
                 yield from intermediates(inner)
 
 
-def test_a_mesh_gives_one_devices_figures(model, ids):
-    placed = place(model, mesh_sharding("data=2,tensor=4", model.config))
+@pytest.mark.parametrize("mesh", ["data=2,tensor=4", "sequence=2,tensor=4"])
+def test_a_mesh_gives_one_devices_figures(model, ids, mesh):
+    placed = place(model, mesh_sharding(mesh, model.config))
     found = evaluate.perplexity(placed, ids[:64], window=64)
     assert found.perplexity == pytest.approx(
         evaluate.perplexity(model, ids[:64], window=64).perplexity, rel=1e-5
     )
+
+
+def test_a_split_sequence_takes_a_part_of_the_memory(model, ids):
+    """Of what lies between its products, on each device."""
+    needed = {}
+    for mesh in ("data=1", "sequence=4"):
+        sharding = mesh_sharding(mesh, model.config)
+        graph, params = nnx.split(place(model, sharding))
+        where = split_over(sharding.mesh, "sequence")
+        tokens = jax.ShapeDtypeStruct((512,), jnp.int32, sharding=where)
+        compiled = quality._hidden.lower(graph, params, tokens).compile()
+        needed[mesh] = compiled.memory_analysis().temp_size_in_bytes
+    assert needed["sequence=4"] < needed["data=1"] / 2
+
+
+def test_windows_that_a_sequence_axis_does_not_divide(model, ids):
+    placed = place(model, mesh_sharding("sequence=4", model.config))
+    with pytest.raises(ValueError, match="mesh sequence=4 does not divide window=62"):
+        evaluate.perplexity(placed, ids[:64], window=62)
 
 
 def test_progress_counts_windows(model, ids):
