@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 
 from jaxopt_llm.sharding.link import END, Link, peer_name
 
@@ -58,6 +59,7 @@ def connect(
     if coordinator == AUTO:
         if num_processes is not None or process_id is not None:
             raise ValueError("coordinator=auto finds num_processes and process_id itself; leave them out")
+        _offer_transfers(_own_addresses()[0])
         _initialize(f"not all processes have joined within {timeout_s:.0f} s; start all of them", timeout_s)
         return link()
     host, port = _address(coordinator)
@@ -66,6 +68,7 @@ def connect(
         return None
     until = time.monotonic() + timeout_s
     found = _gather(host, port, count, until) if index == 0 else _join([(host, port)], index, count, until)
+    _offer_transfers(host if _is_loopback(host) else _own_addresses()[0])
     _initialize(
         f"JAX's service at {coordinator} does not answer; see whether the port is free on process 0",
         60.0,
@@ -91,9 +94,21 @@ def link() -> Link | None:
     return _found[0]
 
 
+def absent(shape: tuple[int, ...], dtype: Any, where: Sharding) -> jax.Array:
+    """What this process knows of an array that lies on devices of others alone: `jax.device_put` may bring it here."""
+    return jax.make_array_from_single_device_arrays(shape, where, [], dtype=dtype)
+
+
 def spanned(devices: Iterable[jax.Device]) -> int:
     """Over how many processes devices are spread."""
     return len({device.process_index for device in devices})
+
+
+def _offer_transfers(host: str) -> None:
+    """Lets devices of other processes fetch arrays from here, where their platform has no way of its own."""
+    with socket.create_server((host, 0)) as probe:
+        port = probe.getsockname()[1]
+    jax.config.update("jax_cross_host_transfer_socket_address", f"{host}:{port}")
 
 
 def _address(coordinator: str) -> tuple[str, int]:

@@ -110,7 +110,7 @@ def _read_shards(leaves: Sequence[Leaf], read: Read, targets: Sequence[ArrayShar
                 if index[0] == rows:
                     arrays.append(jax.device_put(store[index[1:]], device))
     return [
-        jax.make_array_from_single_device_arrays(leaf.shape, target, arrays)
+        jax.make_array_from_single_device_arrays(leaf.shape, target, arrays, dtype=leaf.dtype)
         for leaf, target, arrays in zip(leaves, targets, placed, strict=True)
     ]
 

@@ -31,7 +31,7 @@ from jaxopt_llm.engine.runner import Runner
 from jaxopt_llm.engine.sampling import SamplingParams
 from jaxopt_llm.engine.stream import Stream
 from jaxopt_llm.engine.timeline import Timeline, Watch
-from jaxopt_llm.models import Transformer, stages
+from jaxopt_llm.models import Transformer, num_stages
 from jaxopt_llm.sharding.hosts import spanned
 from jaxopt_llm.text import Tokenizer
 
@@ -112,13 +112,8 @@ class Engine:
         speculates = config.prompt_lookup or draft is not None
         if speculates and config.decode_steps == 1:
             raise ValueError("decode_steps=1 leaves no room for drafts; take at least 2")
-        devices, count = devices_of(model), len(stages(model))
-        if count > 1 and spanned(devices) > 1:
-            raise ValueError(
-                f"the {count} stages of a pipeline must lie in one process for now, and these lie in "
-                f"{spanned(devices)}; split over tensor, expert or data there"
-            )
-        if speculates and spanned(devices) > 1:
+        self._devices, count = devices_of(model), num_stages(model)
+        if speculates and spanned(self._devices) > 1:
             raise ValueError(
                 "drafts are for one process: how many pay is measured, and each of several would find another number; "
                 "leave out draft and prompt_lookup"
@@ -136,7 +131,7 @@ class Engine:
         drafting = Drafting(config.draft_tokens, model=draft is not None) if speculates else None
         alike = (repr(config), f"jax {jax.__version__}")
         parts = (self._runner, sizes, widths, drafting)
-        self._loop = loop_over(devices, alike, self._intake.request, *parts)
+        self._loop = loop_over(self._devices, alike, self._intake.request, *parts)
         self._driver = Driver(self._loop)
 
     def generate(
@@ -239,6 +234,11 @@ class Engine:
         """Of the pipeline that the model lies in; 1 where it lies in none."""
         return self._runner.stages
 
+    @property
+    def processes(self) -> int:
+        """Over how many the model's devices are spread."""
+        return spanned(self._devices)
+
     def metrics(self) -> Metrics:
         """Requests and pages at this moment, and programs so far."""
         return self._driver.call(self._loop.metrics)
@@ -246,6 +246,10 @@ class Engine:
     @contextlib.contextmanager
     def watched(self) -> Iterator[Timeline]:
         """Records when each stage of the pipeline is at what, as long as the context is open; complete after it."""
+        if self.processes > 1:
+            raise ValueError(
+                "what stages in other processes do cannot be watched; take a mesh in one process"
+            )
         watch = Watch(self._runner.stages)
         self._driver.call(functools.partial(setattr, self._runner, "watch", watch))
         try:

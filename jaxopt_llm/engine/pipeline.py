@@ -7,10 +7,11 @@ that a stage is at one micro-batch while the next stage is at the one before; th
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -56,9 +57,10 @@ class Front:
             )
             for placed, part in zip(self.weights, parts, strict=True)
         ]  # fmt: skip
+        self._width, self._dtype = model.d_model, parts[0].dtype
         self.caches: list[Cache] = [state.cache for state in states]
         self._targets = [placed.where(lambda _: P("data")) for placed in [*self.weights[1:], last]]
-        self._dispatches = 0
+        self._last, self._dispatches = last, 0
         # The latest tokens of all slots after each of the last dispatches, and which of them gave each slot its own.
         self._tokens = deque([(0, states[0].last_tokens)], maxlen=sizes.in_flight)
         shards = self.weights[0].mesh.shape["data"] if self.weights[0].mesh else 1
@@ -78,7 +80,11 @@ class Front:
         for i, (placed, program, target) in enumerate(
             zip(self.weights, self._programs, self._targets, strict=True)
         ):
-            hidden, self.caches[i] = _advance(placed.leaves, self.caches[i], batch, given, stage=program)
+            if placed.here:
+                hidden, self.caches[i] = _advance(placed.leaves, self.caches[i], batch, given, stage=program)
+            else:
+                shape = (*batch.tokens.shape, self._width)
+                hidden = placed.absent(jax.ShapeDtypeStruct(shape, self._dtype), lambda _: P("data"))
             given = jax.device_put(hidden, target)
             given_by_each.append(given)
         return given_by_each
@@ -88,7 +94,10 @@ class Front:
         self._dispatches += 1
         for given_by, inputs in zip(self._given_by, batches, strict=True):
             given_by[inputs.slots[inputs.limit > 0]] = self._dispatches
-        self._tokens.append((self._dispatches, jax.device_put(last_tokens, self.weights[0].where(held))))
+        # The next step is given the array itself. It is fetched when a stage needs it: processes that wait for many
+        # things of each other have no thread left to give any.
+        kept = jnp.copy(last_tokens) if self._last.here else last_tokens
+        self._tokens.append((self._dispatches, kept))
 
     def _latest_tokens(self, batches: Sequence[Inputs]) -> Int32[Array, "..."]:
         """Of the dispatch that gave the last of the tokens that are fed here: to wait for a later one takes longer."""
@@ -97,7 +106,17 @@ class Front:
             for given_by, inputs in zip(self._given_by, batches, strict=True)
         ]
         number = max((int(numbers.max()) for numbers in given if numbers.size), default=0)
-        return next(tokens for dispatch, tokens in self._tokens if dispatch >= number)
+        tokens = next(tokens for dispatch, tokens in self._tokens if dispatch >= number)
+        return jax.device_put(tokens, self.weights[0].where(held))
+
+    def fetch(self, out: Any, spec: Callable[[Mesh], P]) -> Any:
+        """What the last stage gives, split like this, where this process can read it.
+
+        Every process makes every transfer, in the same order.
+        """
+        copies = [jax.device_put(out, placed.where(spec)) for placed in self.weights]
+        found = [copy for placed, copy in zip(self.weights, copies, strict=True) if placed.here]
+        return out if self._last.here else found[0]
 
 
 def layers_of(part: Transformer) -> range:

@@ -11,8 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxtyping import Array
 
 from jaxopt_llm.engine.layout import on_each, packing
+from jaxopt_llm.engine.program import held
 from jaxopt_llm.engine.skeleton import Skeleton
 from jaxopt_llm.models import Transformer, mesh_of
+from jaxopt_llm.sharding.hosts import absent
 
 
 class Placed:
@@ -24,6 +26,7 @@ class Placed:
 
     Attributes:
       skeleton, leaves: of the packed model.
+      here: whether this process has any of the devices; if not, `leaves` are shapes.
       mesh: that they lie on; None for one device.
       platform: of the devices.
 
@@ -33,12 +36,14 @@ class Placed:
 
     def __init__(self, model: Transformer, *, consume: bool):
         self.mesh, self.platform = engine_mesh(model), platform_of(model)
+        self._devices = devices_of(model)
+        self.here = any(device.process_index == jax.process_index() for device in self._devices)
         self._form, leaves = Skeleton.split(model)
         self._forms = [_Form.of(leaf) for leaf in leaves]
         specs = [form.spec for form in self._forms]
         self._packing = packing(self._form, specs, self.mesh, self.platform)
         self.skeleton, self.leaves = self._pack(leaves)
-        if consume:
+        if consume and self.here:
             delete(leaves, self.leaves)
 
     def suits(self, model: Transformer) -> bool:
@@ -52,10 +57,17 @@ class Placed:
 
     def hold(self, make: Callable[[], Any]) -> Any:
         """What a function makes, on each device where the weights are."""
+        if not self.here:
+            return self.absent(jax.eval_shape(on_each(self.mesh, make)), held)
         if self.mesh is not None:
             return jax.jit(on_each(self.mesh, make))()
         # Committed, as what a step gives may be: else its second call would compile once more.
-        return jax.device_put(make(), *self.leaves[0].devices())
+        return jax.device_put(make(), *self._devices)
+
+    def absent(self, shapes: Any, spec: Callable[[Mesh], PartitionSpec]) -> Any:
+        """Arrays of these shapes, split like this, of which nothing lies in this process."""
+        where = self.where(spec)
+        return jax.tree.map(lambda a: absent(a.shape, a.dtype, where), shapes)
 
     def stack(self, batches: Sequence[Any]) -> Any:
         """What the host has for each data shard, as a step takes it."""
@@ -64,15 +76,28 @@ class Placed:
     def where(self, spec: Callable[[Mesh], PartitionSpec]) -> Sharding:
         """What an array split like this lies like beside the weights."""
         if self.mesh is None:
-            return SingleDeviceSharding(*self.leaves[0].devices())
+            return SingleDeviceSharding(*self._devices)
         return NamedSharding(self.mesh, spec(self.mesh))
 
     def _pack(self, leaves: tuple[Array, ...]) -> tuple[Skeleton, tuple[Array, ...]]:
+        if not self.here:
+            return self._shapes(leaves)
         skeleton, parts = self._packing(leaves)
         if self.mesh is None:
             # Committed, whoever made them: weights that are and weights that are not would each have their programs.
-            parts = jax.device_put(parts, *leaves[0].devices())
+            parts = jax.device_put(parts, *self._devices)
         return skeleton, parts
+
+    def _shapes(self, leaves: tuple[Array, ...]) -> tuple[Skeleton, Any]:
+        skeletons = []
+
+        def pack(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
+            skeleton, parts = self._packing(leaves)
+            skeletons.append(skeleton)
+            return parts
+
+        shapes = jax.eval_shape(pack, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), leaves))
+        return skeletons[0], shapes
 
 
 def delete(leaves: Sequence[Array], kept: Sequence[Array]) -> None:

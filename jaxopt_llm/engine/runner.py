@@ -12,18 +12,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxopt_llm.engine.config import EngineConfig
 from jaxopt_llm.engine.drafting import levels
 from jaxopt_llm.engine.layout import empty_counts, empty_state, on_each
 from jaxopt_llm.engine.pipeline import Front, layers_of
-from jaxopt_llm.engine.placed import Placed, engine_mesh, platform_of
+from jaxopt_llm.engine.placed import Placed, devices_of, engine_mesh, platform_of
 from jaxopt_llm.engine.program import Inputs, Out, Processor, Program
 from jaxopt_llm.engine.speculative import Speculation
-from jaxopt_llm.engine.step import step
+from jaxopt_llm.engine.step import joins, step
 from jaxopt_llm.engine.timeline import Watch
 from jaxopt_llm.models import ModelConfig, Transformer, stages
+from jaxopt_llm.sharding.hosts import spanned
 
 
 class Runner:
@@ -89,6 +92,7 @@ class Runner:
             mesh=self._mesh,
         )
         self._state = self._weights.hold(state)
+        self._processes = spanned(devices_of(model))
         self.watch: Watch | None = None  # told of each dispatch
         self._counts: tuple[Any, Any] = (None, None)  # seen and counts, which only full programs take
 
@@ -137,13 +141,13 @@ class Runner:
         sent = time.perf_counter()
         before = self._front.run(batches) if self._front else []
         batch = self._weights.stack(batches)
-        out, state = step(
-            (self._weights.leaves, self._draft_leaves),
-            state,
-            batch,
-            before[-1] if before else None,
-            program=program,
-        )
+        leaves = (self._weights.leaves, self._draft_leaves)
+        given = before[-1] if before else None
+        if self._weights.here:
+            out, state = step(leaves, state, batch, given, program=program)
+        else:
+            shapes, _ = jax.eval_shape(functools.partial(step, program=program), leaves, state, batch, given)
+            out = self._weights.absent(shapes, self._joined)
         if self._front:
             self._front.take(batches, state.last_tokens)
         if self.watch is not None:
@@ -157,10 +161,16 @@ class Runner:
     def read(self, out: Out, *, whole: bool) -> list[Out]:
         """Waits for what a dispatch gave, and fetches it for each data shard: all if `whole`, or nothing of prompts."""
         wanted = out if whole else dataclasses.replace(out, target_logprob=None, best=None, hidden=None)
+        if self._front and self._processes > 1:
+            wanted = self._front.fetch(wanted, self._joined)
         fetched = jax.device_get(wanted)
         if self._mesh is None:
             return [fetched]
         return [jax.tree.map(lambda a, i=i: a[i], fetched) for i in range(self.shards)]
+
+    def _joined(self, mesh: Mesh) -> P:
+        """How a step's output is split over the last stage's mesh."""
+        return P() if joins(mesh) else P("data")
 
     def update(self, model: Transformer) -> None:
         """Exchanges the weights for others of the same form.

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
@@ -40,8 +41,7 @@ def step(
     if program.mesh is None:
         return _step(leaves, state, inputs, before, program)
 
-    # Every process plans for all data shards: where they lie in several, each gets what all of them gave.
-    shared = program.mesh.shape["data"] > 1 and spanned(program.mesh.devices.flat) > 1
+    shared = joins(program.mesh)
     joined = (lambda a: jax.lax.all_gather(a, "data")) if shared else (lambda a: a[None])
 
     def body(leaves: Leaves, state: State, inputs: Inputs, before: Array | None) -> tuple[Out, State]:
@@ -56,6 +56,11 @@ def step(
         out_specs=(P() if shared else P("data"), held(program.mesh)),
         check_vma=False,  # every tensor shard samples the same, which JAX cannot know
     )(leaves, state, inputs, before)
+
+
+def joins(mesh: Mesh) -> bool:
+    """Whether each data shard gets what all of them gave: every process plans for all, also for those of others."""
+    return mesh.shape["data"] > 1 and spanned(mesh.devices.flat) > 1
 
 
 def _step(

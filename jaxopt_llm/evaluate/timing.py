@@ -95,7 +95,7 @@ def speed(
         )
     engine = Engine(model, config=sizes)
     runs = []
-    watched = engine.watched if engine.stages > 1 else contextlib.nullcontext
+    watched = engine.watched if engine.stages > 1 and engine.processes == 1 else contextlib.nullcontext
     for run in range(1 + repeats):  # the first compiles what all of them take, and is not timed
         report(run, 1 + repeats)
         with watched() as timeline:

@@ -23,7 +23,7 @@ from jaxopt_llm.models.params import (
     with_weights,
     without_layers,
 )
-from jaxopt_llm.models.stages import stage_layers, stages
+from jaxopt_llm.models.stages import num_stages, stage_layers, stages
 from jaxopt_llm.models.transformer import Transformer
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "mismatches",
     "num_bytes",
     "num_params",
+    "num_stages",
     "num_zeros",
     "packed",
     "place",

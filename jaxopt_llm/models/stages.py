@@ -22,10 +22,15 @@ def stages(model: Transformer) -> list[Transformer]:
     Each has some of the layers, the first of them the embedding too, the last one final norm and head. Where the head
     is the embedding, the last part has a copy of that. All else is shared with the model.
     """
-    runs = [list(run) for _, run in itertools.groupby(range(len(model.layers)), lambda i: _devices(model, i))]
+    runs = _runs(model)
     if len(runs) == 1:
         return [model]
     return [_part(model, run, first=run is runs[0], last=run is runs[-1]) for run in runs]
+
+
+def num_stages(model: Transformer) -> int:
+    """How many parts a model lies in."""
+    return len(_runs(model))
 
 
 def stage_layers(
@@ -46,6 +51,11 @@ def stage_layers(
     model = abstract(config, dtype, rounding)
     head = model.embed if config.tied else model.head
     return balanced([num_bytes(layer) for layer in model.layers], count, last=num_bytes(head))
+
+
+def _runs(model: Transformer) -> list[list[int]]:
+    """The layers of each stage."""
+    return [list(run) for _, run in itertools.groupby(range(len(model.layers)), lambda i: _devices(model, i))]
 
 
 def _devices(model: Transformer, layer: int) -> frozenset[jax.Device]:

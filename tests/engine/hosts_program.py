@@ -14,7 +14,11 @@ from jaxopt_llm.sharding import hosts
 MODEL = Path(__file__).parents[1] / "data" / "stories107K.gguf"
 SIZES = jo.EngineConfig(max_slots=2, max_seq_len=128, max_tokens_per_step=32, decode_steps=4)
 PROMPTS = ["Once upon a time", "The dog was", "A cat", "Lily said that"]
-MESHES = {"tensor=8": False, "data=2,tensor=4": True}  # and whether everything is asked there
+MESHES = {
+    "tensor=8": False,
+    "stage=1+1,tensor=4": True,
+    "data=2,tensor=4": True,
+}  # and whether everything is asked there
 PARAMS = [
     jo.SamplingParams(max_tokens=24),
     jo.SamplingParams(max_tokens=12, temperature=1.0, seed=3, logit_bias={300: 2.0}),

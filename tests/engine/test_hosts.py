@@ -107,11 +107,3 @@ def test_no_drafts(monkeypatch):
     model, tokenizer = jo.load(program.MODEL, mesh="tensor=8")
     with pytest.raises(ValueError, match=r"drafts are for one process: .* leave out draft and prompt_lookup"):
         jo.Engine(model, tokenizer, jo.EngineConfig(prompt_lookup=True))
-
-
-def test_no_stages(monkeypatch):
-    """Of a pipeline; not yet."""
-    monkeypatch.setattr("jaxopt_llm.engine.engine.spanned", len)
-    model, _ = jo.load(program.MODEL, mesh="stage=2")
-    with pytest.raises(ValueError, match="the 2 stages of a pipeline must lie in one process for now"):
-        jo.Engine(model)
