@@ -20,7 +20,6 @@ from typing import Self
 _PING_S, _SILENCE_S = 5.0, 30.0
 _GRACE_S = 2.0  # for the same mistake to be found in every process, each of which then tells it itself
 _GOING_S = 5.0  # for those that were told to end
-_END_S = 300.0  # that one whose work is done waits for the others
 _PING, _MESSAGE, _DONE, _OVER, END = b"P", b"M", b"D", b"O", b"E"  # how messages begin
 
 
@@ -108,13 +107,8 @@ class Link:
 
     def _await_all(self) -> None:
         others = set(self._connections)
-        late = time.monotonic() + _END_S
         while not (self._over.is_set() or (self.index == 0 and self._left >= others)):
-            if time.monotonic() > late:
-                missing = f"process {min(others - self._left)}" if self.index == 0 else "others"
-                self.leave(TimeoutError(f"waited {_END_S:.0f} s for {missing} to end its work"))
-                return
-            self._over.wait(0.02)
+            self._over.wait(0.02)  # as long as they live: who dies, or falls silent, is noticed in `_watch`
         self._over.set()
         self._tell(_OVER)
 

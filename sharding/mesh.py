@@ -52,6 +52,8 @@ class MeshSpec:
         """
         if isinstance(text, MeshSpec):
             return text
+        if text.strip() == "auto":
+            raise ValueError("mesh auto is for what loads a model by itself; name axes here, as in tensor=4")
         sizes: dict[str, int] = {}
         stage_layers = None
         for item in filter(None, (part.strip() for part in text.split(","))):

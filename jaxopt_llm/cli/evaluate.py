@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run(text: str | None, run_tasks: RunTasks) -> None:
     """Loads the model, and prints what is found of it."""
-    model, tokenizer = load_whole(MODEL.value, **LOADING.value)
+    model, tokenizer = load_whole(MODEL.value, splits=_splits(), **LOADING.value)
     if tokenizer is None:
         raise ValueError(f"{MODEL.value} has no tokenizer, and text cannot be scored without one")
     figures = {} if text is None else _score(model, tokenizer, text)
@@ -85,7 +85,7 @@ def _score(model: Transformer, tokenizer: Tokenizer, text: str) -> dict[str, obj
 
 def _load_reference(source: str, tokenizer: Tokenizer, text: str) -> Transformer:
     """The model to compare with, which must read the text as the same tokens."""
-    reference, own = load_whole(source, dtype=DTYPE.value, mesh=MESH.value)
+    reference, own = load_whole(source, splits=_splits(), dtype=DTYPE.value, mesh=MESH.value)
     if own is not None and own.encode(text, add_special=False) != tokenizer.encode(text, add_special=False):
         raise ValueError(
             f"--reference={source} reads the text as other tokens than --model={MODEL.value}; "
@@ -132,3 +132,8 @@ def _own(found: evaluate.Perplexity) -> dict[str, object]:
         "bits_per_byte_interval": found.bits_per_byte_interval,
         "tokens": found.tokens,
     }
+
+
+def _splits() -> tuple[str, ...]:
+    """Mesh axes: tasks go through the engine, which splits no sequence."""
+    return ("expert", "tensor") if TASKS.value else ("expert", "sequence", "tensor")

@@ -1,13 +1,13 @@
 """A model under a progress bar."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxopt_llm import checkpoints
 from jaxopt_llm.cli import show
 from jaxopt_llm.models import Transformer
-from jaxopt_llm.sharding import MeshSpec
+from jaxopt_llm.sharding import MESH_AXES, MeshSpec
 from jaxopt_llm.text import Tokenizer
 
 
@@ -30,16 +30,23 @@ def load_draft(
 
 
 def load_whole(
-    source: str, *, mesh: str | None = None, **options: Any
+    source: str, *, mesh: str | None = None, splits: Sequence[str] = ("expert", "tensor"), **options: Any
 ) -> tuple[Transformer, Tokenizer | None]:
-    """`load`, for a command that runs whole forwards and not the engine.
+    """`load`, for a command that runs whole forwards.
+
+    Args:
+      source: a checkpoint.
+      mesh: as the flag has it.
+      splits: mesh axes that the command can split over.
+      **options: as `load` has them.
 
     Raises:
-      ValueError: also for a mesh with a data axis, as no such command splits a batch, or stages.
+      ValueError: also for a mesh with another axis.
     """
     if mesh not in (None, checkpoints.AUTO):
-        for axis in ("data", "stage"):
-            if getattr(MeshSpec.parse(mesh), axis) > 1:
+        spec = MeshSpec.parse(mesh)
+        for axis in MESH_AXES:
+            if axis not in splits and getattr(spec, axis) > 1:
                 raise ValueError(f"--mesh={mesh}: this command runs no {axis} axis; leave {axis} at 1")
     return load(source, mesh=mesh, **options)
 

@@ -52,7 +52,7 @@ def compile_step(
     """What an engine would run for this shape.
 
     Args:
-      model: placed on a mesh of data and tensor axes, or of one device; its parameters may be shapes.
+      model: placed on a mesh of data, expert and tensor axes, or of one device; its parameters may be shapes.
       config: of the engine.
       shape: rows, tokens and steps of the program.
       fuse: as `models.packed` has it; an engine fuses all it can.

@@ -68,13 +68,13 @@ class Front:
             (shards, sizes.max_slots + 1), np.int64
         )  # one more slot, of rows that are padding
 
-    def run(self, batches: Sequence[Inputs]) -> list[Float[Array, "..."]]:
-        """Hidden states that each stage gives, where they lie in the next one; not waited for.
+    def run(self, batches: Sequence[Inputs]) -> tuple[Float[Array, "..."], list[Float[Array, "..."]]]:
+        """Hidden states for the last stage, where it has them, and those that each stage gave; not waited for.
 
         Args:
           batches: of each data shard, as `Runner.run` has them.
         """
-        given_by_each = []
+        outputs = []
         given = self._latest_tokens(batches)
         batch = self.weights[0].stack([dataclasses.replace(inputs, extras=None) for inputs in batches])
         for i, (placed, program, target) in enumerate(
@@ -86,8 +86,8 @@ class Front:
                 shape = (*batch.tokens.shape, self._width)
                 hidden = placed.absent(jax.ShapeDtypeStruct(shape, self._dtype), lambda _: P("data"))
             given = jax.device_put(hidden, target)
-            given_by_each.append(given)
-        return given_by_each
+            outputs.append(hidden)
+        return given, outputs
 
     def take(self, batches: Sequence[Inputs], last_tokens: Int32[Array, "..."]) -> None:
         """Takes in what the last stage has of a dispatch: the first stage's next tokens."""

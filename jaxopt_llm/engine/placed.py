@@ -61,8 +61,10 @@ class Placed:
             return self.absent(jax.eval_shape(on_each(self.mesh, make)), held)
         if self.mesh is not None:
             return jax.jit(on_each(self.mesh, make))()
-        # Committed, as what a step gives may be: else its second call would compile once more.
-        return jax.device_put(make(), *self._devices)
+        (device,) = self._devices
+        with jax.default_device(device):  # not first on another, which may have no room
+            # Committed, as what a step gives may be: else its second call would compile once more.
+            return jax.device_put(make(), device)
 
     def absent(self, shapes: Any, spec: Callable[[Mesh], PartitionSpec]) -> Any:
         """Arrays of these shapes, split like this, of which nothing lies in this process."""

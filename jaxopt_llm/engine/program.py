@@ -162,7 +162,7 @@ class Program:
       full: with every optional part.
       processors: functions `(logits [B, V], last tokens [B], positions [B]) -> logits`, before sampling.
       speculation: where drafts come from, or None.
-      mesh: of data and tensor axes, or None for one device.
+      mesh: of data, expert and tensor axes, or None for one device.
     """
 
     skeleton: Skeleton

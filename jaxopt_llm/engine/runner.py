@@ -115,7 +115,8 @@ class Runner:
         spec, memory = self._program.speculation, self._state.memory
         if spec and memory and memory.cache:
             caches.append((memory.cache, [spec.kind] * len(memory.cache)))
-        tokens = lambda kind: self.shards * self._sizes.num_pages[kind] * self._sizes.page_size
+        copies = self.shards * (self._mesh.shape.get("expert", 1) if self._mesh else 1)
+        tokens = lambda kind: copies * self._sizes.num_pages[kind] * self._sizes.page_size
         return sum(
             leaf.nbytes // tokens(kind)
             for cache, kinds in caches
@@ -139,10 +140,9 @@ class Runner:
             seen, counts = self._no_counts() if self._counts[0] is None else self._counts
             state = dataclasses.replace(state, seen=seen, counts=counts)
         sent = time.perf_counter()
-        before = self._front.run(batches) if self._front else []
+        given, outputs = self._front.run(batches) if self._front else (None, [])
         batch = self._weights.stack(batches)
         leaves = (self._weights.leaves, self._draft_leaves)
-        given = before[-1] if before else None
         if self._weights.here:
             out, state = step(leaves, state, batch, given, program=program)
         else:
@@ -151,8 +151,9 @@ class Runner:
         if self._front:
             self._front.take(batches, state.last_tokens)
         if self.watch is not None:
-            decodes = all(len(inputs.tokens) == len(inputs.slots) for inputs in batches)
-            self.watch.sent([*before, out.sampled.tokens], at=sent, decodes=decodes)
+            fed = [inputs.tokens[: inputs.query_start[-1]] for inputs in batches]
+            decodes = any(tokens.size for tokens in fed) and all((tokens < 0).all() for tokens in fed)
+            self.watch.sent([*outputs, out.sampled.tokens], at=sent, decodes=decodes)
         if full:
             self._counts = state.seen, state.counts
         self._state = dataclasses.replace(state, seen=None, counts=None)
@@ -183,7 +184,8 @@ class Runner:
             placed.suits(part) for placed, part in zip(own, parts, strict=True)
         ):
             raise ValueError(
-                "the model has other parts, shapes, dtypes or devices than the engine was made for"
+                "the model has other parts, shapes, dtypes or devices than the engine was made for; "
+                "give one of the same config and dtype, loaded with the same mesh"
             )
         for placed, part in zip(own, parts, strict=True):
             placed.update(part)

@@ -42,19 +42,13 @@ class Timeline:
         self.spans = list(spans)
 
     def busy(self) -> list[float]:
-        """The share of the time that each stage is at work while all of them decode: full pipe, no prompts.
-
-        Raises:
-          ValueError: if they never do.
-        """
+        """The share of the time that each stage is at work while all of them decode; nothing if they never do."""
         decoding = [span for span in self.spans if span.decodes]
         through = [span.end for span in decoding if span.stage == self.stages - 1]
         begun = [span.start for span in decoding if span.stage == 0]
         start, end = min(through, default=0.0), max(begun, default=0.0)
         if end <= start:
-            raise ValueError(
-                "the stages never decode all at once; take more tokens, or more sequences than stages"
-            )
+            return []
         at_work = [0.0] * self.stages
         for span in self.spans:
             at_work[span.stage] += max(0.0, min(span.end, end) - max(span.start, start))
@@ -63,6 +57,8 @@ class Timeline:
     def of_balanced(self) -> list[float]:
         """`busy`, as parts of what each stage would be if the slowest never waited."""
         busy = self.busy()
+        if not busy:
+            return []
         mean = [
             sum(span.end - span.start for span in spans) / len(spans)
             for spans in (
@@ -70,7 +66,7 @@ class Timeline:
                 for stage in range(self.stages)
             )
         ]
-        return [share * max(mean) / own for share, own in zip(busy, mean, strict=True)]
+        return [share * max(mean) / max(own, 1e-9) for share, own in zip(busy, mean, strict=True)]
 
 
 class Watch:

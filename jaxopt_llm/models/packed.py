@@ -32,7 +32,8 @@ def mesh_of(model: Transformer) -> Mesh | None:
     placed = [leaf.sharding for leaf in jax.tree.leaves(nnx.state(model))]  # which may be shapes
     if len({frozenset(where.device_set) for where in placed}) > 1:
         raise ValueError(
-            "the model lies in stages of a pipeline, which the engine alone runs; load it with a mesh without `stage`"
+            "parts of the model lie on different devices, as the stages of a pipeline do, which the engine alone runs; "
+            "load it with a mesh without `stage`"
         )
     if all(len(where.device_set) == 1 for where in placed):
         return None

@@ -55,7 +55,13 @@ def stage_layers(
 
 def _runs(model: Transformer) -> list[list[int]]:
     """The layers of each stage."""
-    return [list(run) for _, run in itertools.groupby(range(len(model.layers)), lambda i: _devices(model, i))]
+    devices = [_devices(model, layer) for layer in range(len(model.layers))]
+    runs = [list(run) for _, run in itertools.groupby(range(len(devices)), devices.__getitem__)]
+    if len(runs) > 1 and sum(len(devices[run[0]]) for run in runs) > len(frozenset.union(*devices)):
+        raise ValueError(
+            "a device has layers of several stages; load the model with a mesh, or place each stage apart"
+        )
+    return runs
 
 
 def _devices(model: Transformer, layer: int) -> frozenset[jax.Device]:

@@ -9,24 +9,22 @@ _SHOWN = 24  # dispatches
 
 
 def draw_schedule(timeline: Timeline, path: Path) -> None:
-    """Draws dispatches from the middle of a run, each with its number, where the stages decode.
+    """Draws dispatches from the middle of a run, each with its number; of decoding, where there was any.
 
     Args:
       timeline: of the run.
       path: of the picture, `.svg` or `.png`.
-
-    Raises:
-      ValueError: if they never decode all at once.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     busy = timeline.busy()
-    decoding = sorted({span.dispatch for span in timeline.spans if span.decodes})
-    middle = len(decoding) // 2
-    shown = set(decoding[max(0, middle - _SHOWN // 2) : middle + _SHOWN // 2])
+    dispatches = sorted({span.dispatch for span in timeline.spans if span.decodes or not busy})
+    middle = len(dispatches) // 2
+    shown = set(dispatches[max(0, middle - _SHOWN // 2) : middle + _SHOWN // 2])
     spans = [span for span in timeline.spans if span.dispatch in shown]
-    zero = min(span.start for span in spans)
+    zero = min((span.start for span in spans), default=0.0)
+    shares = [f", {share:.0%} busy" for share in busy] or [""] * timeline.stages
     with mpl.rc_context({"svg.hashsalt": "schedule", "font.size": 9.5}):
         figure = Figure(figsize=(8.0, 0.9 + 0.55 * timeline.stages), layout="constrained")
         axes = figure.add_subplot()
@@ -40,7 +38,7 @@ def draw_schedule(timeline: Timeline, path: Path) -> None:
             )  # fmt: skip
         axes.set(xlabel="ms", ylim=(timeline.stages - 0.5, -0.5), xlim=(0, None))
         axes.set_yticks(
-            range(timeline.stages), [f"stage {stage}, {share:.0%} busy" for stage, share in enumerate(busy)]
+            range(timeline.stages), [f"stage {stage}{share}" for stage, share in enumerate(shares)]
         )
         axes.spines[["top", "right", "left"]].set_visible(False)
         save(figure, path)

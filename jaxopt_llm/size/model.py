@@ -91,7 +91,9 @@ class Share:
         rounding = rounding_of(weights, kv)
         others = [axis for axis in ("stage", "expert", "sequence") if getattr(mesh, axis) > 1]
         if others:
-            raise ValueError(f"mesh {mesh}: the engine splits over data and tensor, not yet over {others[0]}")
+            raise ValueError(
+                f"mesh {mesh}: size counts data and tensor shards, not yet over {others[0]}; leave it at 1"
+            )
         sharding = Sharding(mesh.abstract(), config.units)
         sums = dict.fromkeys(("all", "dense", "expert"), 0)
         token_flops = row_flops = 0.0

@@ -42,8 +42,7 @@ def test_stages_that_take_turns_are_busy_half_the_time():
 
 def test_a_run_without_decoding_has_no_share():
     spans = [Span(stage, 0, False, stage, stage + 1) for stage in range(2)]
-    with pytest.raises(ValueError, match="never decode all at once"):
-        Timeline(2, spans).busy()
+    assert Timeline(2, spans).busy() == Timeline(2, spans).of_balanced() == []
 
 
 def test_an_engine_tells_what_its_stages_did(tmp_path):
@@ -60,7 +59,10 @@ def test_an_engine_tells_what_its_stages_did(tmp_path):
         assert all(one.end <= other.start for one, other in itertools.pairwise(own)), "one after another"
     ends = {(span.dispatch, span.stage): span.end for span in timeline.spans}
     assert all(span.start >= ends[span.dispatch, 0] for span in timeline.spans if span.stage == 1)
-    assert 0 < min(timeline.busy()) <= max(timeline.busy()) <= 1
+    assert len(timeline.busy()) == 2
+    assert (
+        0 <= min(timeline.busy()) <= max(timeline.busy()) <= 1
+    )  # of steps as short as a thread takes to wake up
     draw_schedule(timeline, tmp_path / "schedule.svg")
     assert "stage 1" in (tmp_path / "schedule.svg").read_text("utf-8")
     engine.generate(prompts, GREEDY)

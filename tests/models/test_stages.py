@@ -30,7 +30,9 @@ def test_each_part_lies_on_its_own_devices_and_has_what_it_needs(family):
     shared = num_bytes(model.embed) if model.config.tied else 0
     assert num_bytes(first) + num_bytes(last) == num_bytes(model) + shared
     assert len(placed.layers) == 3 and stages(model) == [model]
-    with pytest.raises(ValueError, match="lies in stages of a pipeline, which the engine alone runs"):
+    with pytest.raises(
+        ValueError, match="on different devices, as the stages of a pipeline do, which the engine alone runs"
+    ):
         mesh_of(placed)
 
 
