@@ -101,7 +101,7 @@ def test_chat_keeps_to_the_length_of_the_config(run_cli, mine, monkeypatch):
         ("generate", ["--config=int8", "--prompt=x"], "--config=int8 is a Recipe; commands that run a model take"),
         ("generate", ["--set=engine.max_slots=2", "--prompt=x"], "has no config to change; name one with --config"),
         ("generate", ["--config={mine}", "--prompt=x", "--set=mesh=tensor=16"], "mesh tensor=16 needs 16 devices"),
-        ("generate", ["--config={mine}", "--prompt=x", "--set=mesh=data=2"], "does not split batches over data yet"),
+        ("generate", ["--config={mine}", "--prompt=x", "--set=mesh=sequence=2"], "and splits no sequence=2"),
         ("generate", ["--config={mine}", "--prompt=" + "a b " * 60], "the context is 64; shorten it"),
         ("bench engine", ["--config={mine}", "--concurrency=3"], "3 sequences at once are more than the 2 of"),
         ("bench engine", ["--config={mine}", "--prompt_tokens=60", "--output_tokens=8"], "68 tokens of a prompt"),
