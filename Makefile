@@ -11,7 +11,7 @@ PROMPT ?= Why is the sky blue?
 
 # Scripts in benchmarks/ that `make verify` runs; each writes its figures into benchmarks/results/. Those of PEER
 # run where it names a Python that has llama-cpp-python, and PEER_MODELS the folder with its forms of the model.
-BENCHMARKS := long_tests quality pruning speculation engine_load cpu_attention size_ahead size_here
+BENCHMARKS := long_tests quality pruning speculation engine_load cpu_attention pipeline size_ahead size_here
 PEER_BENCHMARKS := tokenizer_agreement llama_cpp_loads
 PEER ?=
 PEER_MODELS ?=
