@@ -6,7 +6,6 @@ Reads messages from stdin where that is no terminal.
 """
 
 import contextlib
-import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -38,9 +37,7 @@ def talk(
     """Loads the model and answers line by line; where this process follows another, does what that does."""
     model, tokenizer = load(model_of(config, MODEL), **loading)
     draft = load_draft(DRAFT_MODEL.value, tokenizer, **loading)
-    sizes = engine_of(config, EngineConfig(max_slots=1))
-    if PROMPT_LOOKUP.present:
-        sizes = dataclasses.replace(sizes, prompt_lookup=PROMPT_LOOKUP.value)
+    sizes = engine_of(config, EngineConfig(max_slots=1), prompt_lookup=PROMPT_LOOKUP)
     engine = Engine(model, tokenizer, sizes, draft=draft, consume=True)
     if follows:
         engine.follow()

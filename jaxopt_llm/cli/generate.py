@@ -3,7 +3,6 @@
 The text goes to stdout as it comes, token counts and times to stderr. Programs are compiled before the times start.
 """
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -58,9 +57,7 @@ def run(
     prompt: Prompt = [{"role": "user", "content": PROMPT.value}] if CHAT.value else PROMPT.value
     length = len(encode(prompt, tokenizer, model.config))
     fitting = EngineConfig.fitting(model.config, requests=1, tokens=length + params.max_tokens)
-    sizes = engine_of(config, fitting)
-    if PROMPT_LOOKUP.present:
-        sizes = dataclasses.replace(sizes, prompt_lookup=PROMPT_LOOKUP.value)
+    sizes = engine_of(config, fitting, prompt_lookup=PROMPT_LOOKUP)
     draft = load_draft(DRAFT_MODEL.value, tokenizer, **loading)
     engine = Engine(model, tokenizer, sizes, draft=draft, consume=True)
     if follows:

@@ -1,5 +1,6 @@
 """A serving config under the flags of a command that runs a model: what is given beside it wins."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,9 @@ def loading_of(config: ServingConfig | None, given: Mapping[str, Any]) -> dict[s
     return {name: value for name, value in own.items() if value is not None} | dict(given)
 
 
-def engine_of(config: ServingConfig | None, otherwise: EngineConfig) -> EngineConfig:
-    """The engine's sizes: the config's, or others where there is none."""
-    return otherwise if config is None else config.engine
+def engine_of(
+    config: ServingConfig | None, otherwise: EngineConfig, **given: flags.FlagHolder[Any]
+) -> EngineConfig:
+    """The engine's sizes: the config's, or others where there is none; a flag that is given stands for its field."""
+    sizes = otherwise if config is None else config.engine
+    return dataclasses.replace(sizes, **{name: flag.value for name, flag in given.items() if flag.present})

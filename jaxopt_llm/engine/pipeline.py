@@ -64,9 +64,8 @@ class Front:
         # The latest tokens of all slots after each of the last dispatches, and which of them gave each slot its own.
         self._tokens = deque([(0, states[0].last_tokens)], maxlen=sizes.in_flight)
         shards = self.weights[0].mesh.shape["data"] if self.weights[0].mesh else 1
-        self._given_by = np.zeros(
-            (shards, sizes.max_slots + 1), np.int64
-        )  # one more slot, of rows that are padding
+        # One slot more than there are, of rows that are padding.
+        self._given_by = np.zeros((shards, sizes.max_slots + 1), np.int64)
 
     def run(self, batches: Sequence[Inputs]) -> tuple[Float[Array, "..."], list[Float[Array, "..."]]]:
         """Hidden states for the last stage, where it has them, and those that each stage gave; not waited for.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-MOST = 100_000  # spans that are kept
+_MOST = 100_000  # spans that are kept
 
 
 class Span(NamedTuple):
@@ -89,7 +89,7 @@ class Watch:
     def sent(self, outputs: Sequence[jax.Array], *, at: float, decodes: bool) -> None:
         """A dispatch was sent, and this is what each stage gives; what an output holds is not looked at."""
         dispatch = next(self._dispatches)
-        if dispatch * len(outputs) >= MOST:
+        if dispatch * len(outputs) >= _MOST:
             return
         self._sent[dispatch] = at, decodes
         for waiting, output in zip(self._queues, outputs, strict=True):
